@@ -1,0 +1,47 @@
+"""RLSD (Self-Distilled RLVR, arXiv:2604.03128) for TRL.
+
+The rooms, upper ones import lower ones only:
+
+    cli        `trl-rlsd train | quickstart`
+    quickstart a small, real run from nothing to a trained adapter
+    trainer    RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
+    config     RLSDConfig: fields and their ranges
+    teacher    whose weights score: live, synced, ema, base, external
+    collator   the privileged prompt that the teacher reads
+    metrics    credit diagnostics
+    credit     the maths: gain, token credit, the lambda schedule
+    rewards    verifiable rewards, by name
+    data       datasets with a privileged column
+
+Axes, everywhere: B rows, T completion tokens, P and P' prompt tokens of student and teacher. `student_*` is read after
+the plain prompt, `teacher_*` after the privileged one; `*_logps` (B, T) are nats; `*_mask` 1 = counts; `gain` =
+teacher - student.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+# Loaded on first use: `import trl_rlsd.credit` needs torch alone, and the command line answers --help at once.
+_EXPORTS = {
+    "RLSDTrainer": "trainer",
+    "RLSDConfig": "config",
+    "PrivilegedPromptCollator": "collator",
+    "register_credit": "credit",
+    "lambda_at": "credit",
+}
+__all__ = ["PrivilegedPromptCollator", "RLSDConfig", "RLSDTrainer", "lambda_at", "register_credit"]
+
+if TYPE_CHECKING:
+    from trl_rlsd.collator import PrivilegedPromptCollator
+    from trl_rlsd.config import RLSDConfig
+    from trl_rlsd.credit import lambda_at, register_credit
+    from trl_rlsd.trainer import RLSDTrainer
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(f"trl_rlsd.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

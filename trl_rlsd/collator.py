@@ -1,0 +1,232 @@
+"""The privileged prompt: what the teacher reads in the place of the student's prompt.
+
+    dataset row -> privileged prompt (text or messages) -> token ids, with the student's own tokenization
+    teacher prompt ids + sampled completion ids -> ids and mask (B, P' + T)
+
+The student never sees any of it. The completion's ids are appended as they were sampled: decoding and encoding them
+again would change them (merges, special tokens), and with them the log-probs that are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+import torch
+
+
+Prompt = str | list[dict[str, Any]]
+
+# A shorter text (an answer such as "4" or "B") occurs in many prompts by coincidence and proves no leak.
+_DISTINCTIVE_CHARACTERS = 20
+
+
+class PrivilegedPromptCollator:
+    """Builds what the teacher reads.
+
+    Args:
+        template: format string with `{prompt}` exactly once and `{privileged_context}` at least once; `{{` and `}}`
+            are literal braces. It is applied to the last user message, or to the whole prompt if that is plain text.
+        column: the dataset column that holds the privileged context: a string or a list of messages. `None`, `""` and
+            `[]` mean that the row has none.
+        needs_context: whether the template must have `{privileged_context}`. Without it (an external teacher that
+            reads the student's prompt) no column is read, and every row counts as having context.
+
+    Raises:
+        ValueError: the template lacks a placeholder, or has one that is unknown.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        column: str,
+        *,
+        needs_context: bool = True,
+    ):
+        self.template = template
+        self.column = column
+        self.before, self.after = _split_template(template, needs_context)
+        self.reads_context = any(name == "privileged_context" for _, name in (*self.before, *self.after))
+
+    def context(self, row: Mapping[str, Any], index: int = 0) -> str | None:
+        """The row's privileged text, or None where it has none. A list of messages becomes text: one message its
+        content, several `role: content` blocks.
+
+        Raises:
+            ValueError: the row lacks the column; the message names the row and the columns there are.
+            TypeError: the column holds neither a string nor a list of messages.
+        """
+        if self.column not in row:
+            raise ValueError(
+                f"Row {index} has no column {self.column!r} (privileged_column); it has "
+                f"{', '.join(repr(name) for name in row)}. Add the column (None or '' for a row without privileged "
+                "context), or set `privileged_column` to the one that holds it."
+            )
+        value = row[self.column]
+        if value is None or isinstance(value, str):
+            return value or None
+        if isinstance(value, Sequence) and all(isinstance(m, Mapping) and "content" in m for m in value):
+            contents = [_text_of(message["content"], self.column, index) for message in value]
+            if len(value) > 1:
+                contents = [f"{m.get('role', 'message')}: {text}" for m, text in zip(value, contents, strict=True)]
+            return "\n\n".join(contents) or None
+        raise TypeError(
+            f"Column {self.column!r} (privileged_column) of row {index} holds {type(value).__name__} ({value!r:.80}). "
+            "It must be a string or a list of messages with 'content'; convert it, e.g. with `dataset.map`."
+        )
+
+    def prompt(self, prompt: Prompt, context: str | None) -> Prompt:
+        """The teacher's prompt; the student's prompt itself, unchanged, where there is no privileged context.
+
+        Raises:
+            ValueError: a conversational prompt without a user message.
+        """
+        if context is None and self.reads_context:
+            return prompt
+        before, after = (
+            "".join(literal + (context or "" if name else "") for literal, name in part)
+            for part in (self.before, self.after)
+        )
+        if isinstance(prompt, str):
+            return before + prompt + after
+        users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+        if not users:
+            raise ValueError(
+                f"A conversational prompt needs a user message to put the privileged context into; its roles are "
+                f"{[message['role'] for message in prompt]}. Add one, or use plain-text prompts."
+            )
+        message = prompt[users[-1]]
+        content = message["content"]
+        if isinstance(content, str):
+            content = before + content + after
+        else:  # content parts: images and texts keep their order between the two halves of the template
+            content = [
+                *([{"type": "text", "text": before}] if before else []),
+                *content,
+                *([{"type": "text", "text": after}] if after else []),
+            ]
+        return [*prompt[: users[-1]], {**message, "content": content}, *prompt[users[-1] + 1 :]]
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[bool]]:
+        """The teacher's prompts of a batch, and for each whether the teacher reads more than (or, for an external
+        teacher, the same as) the student, so that scoring it is of use."""
+        if not self.reads_context:
+            return [self.prompt(prompt, None) for prompt in prompts], [True] * len(prompts)
+        contexts = [self.context(row, index) for index, row in enumerate(rows)]
+        teacher_prompts = [self.prompt(p, context) for p, context in zip(prompts, contexts, strict=True)]
+        return teacher_prompts, [context is not None for context in contexts]
+
+    def check_rendered(self, context: str, student_text: str, teacher_text: str, roundtrip: Callable[[str], str]):
+        """Refuse a teacher that cannot see the privileged text, and a student that can.
+
+        `roundtrip` encodes and decodes a text, so that what a tokenizer drops (case, unknown characters) is dropped
+        on both sides; white space is not compared, since chat templates trim it.
+
+        Raises:
+            ValueError: naming the column and what to mend.
+        """
+        needle, student, teacher = (_squeeze(text) for text in (roundtrip(context), student_text, teacher_text))
+        if (
+            needle
+            and teacher.count(needle) <= student.count(needle)
+            and not (len(needle) >= _DISTINCTIVE_CHARACTERS and needle in student)
+        ):
+            raise ValueError(
+                f"The text of {self.column!r} ({context!r:.80}) does not reach the teacher's prompt, which reads "
+                f"{teacher_text!r:.400}. The chat template drops or rewrites it: check `teacher_prompt_template` and "
+                "the tokenizer's chat template."
+            )
+        if len(needle) >= _DISTINCTIVE_CHARACTERS and needle in student:
+            raise ValueError(
+                f"The text of {self.column!r} ({context!r:.80}) is in the student's prompt already, which reads "
+                f"{student_text!r:.400}. The student would be trained to copy it: remove it from `prompt`."
+            )
+
+
+def teacher_inputs(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    pad_token_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher prompts, padded on the left, followed by the sampled completions as they are.
+
+    Shapes: `prompt_ids` B lists; `completion_ids`, `completion_mask` (B, T); returns ids and mask (B, P' + T), whose
+    last T columns are `completion_ids` and `completion_mask`. P' is the longest prompt's length.
+
+    Raises:
+        ValueError: as many prompts as completions are needed.
+    """
+    if len(prompt_ids) != completion_ids.size(0):
+        raise ValueError(f"{len(prompt_ids)} teacher prompts for {completion_ids.size(0)} completions.")
+    width = max(len(ids) for ids in prompt_ids)
+    padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
+    masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
+    ids = torch.tensor(padded, dtype=completion_ids.dtype, device=completion_ids.device)
+    mask = torch.tensor(masks, dtype=completion_mask.dtype, device=completion_mask.device)
+    return torch.cat([ids, completion_ids], dim=1), torch.cat([mask, completion_mask], dim=1)
+
+
+def check_length(lengths: Sequence[int], max_completion_length: int, positions: int | None) -> None:
+    """Refuse teacher prompts that leave no room for the completion within the model's positions.
+
+    Nothing is cut: a teacher that has lost the question or half of the reference scores another text.
+
+    Units: tokens. Raises: ValueError, naming row, lengths and what to change.
+    """
+    if positions is None or not lengths:
+        return
+    longest = max(lengths)
+    if longest + max_completion_length > positions:
+        raise ValueError(
+            f"The teacher's prompt of row {list(lengths).index(longest)} has {longest} tokens; with "
+            f"max_completion_length={max_completion_length} that is more than the model's {positions} positions "
+            "(max_position_embeddings). Shorten the privileged context or the prompt, drop such rows, or lower "
+            "`max_completion_length`."
+        )
+
+
+def _split_template(template: str, needs_context: bool) -> tuple[list[tuple[str, str | None]], ...]:
+    """The (literal, placeholder) pairs before and after `{prompt}`. Splitting once, instead of formatting with user
+    text, is what keeps braces in prompts and contexts inert."""
+    fix = "Write it like 'Reference: {privileged_context}\\n\\n{prompt}'; double the braces that are meant literally."
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"teacher_prompt_template={template!r} cannot be parsed: {error}. {fix}") from None
+    names = [name for _, name, _, _ in pieces if name is not None]
+    unknown = sorted(set(names) - {"prompt", "privileged_context"})
+    if unknown or any(spec or conversion for _, _, spec, conversion in pieces):
+        raise ValueError(
+            f"teacher_prompt_template={template!r} has placeholders other than {{prompt}} and {{privileged_context}}: "
+            f"{', '.join(map(repr, unknown)) or 'a conversion or format specification'}. {fix}"
+        )
+    if names.count("prompt") != 1:
+        raise ValueError(
+            f"teacher_prompt_template={template!r} must contain {{prompt}} exactly once, not {names.count('prompt')} "
+            f"times. {fix}"
+        )
+    if needs_context and "privileged_context" not in names:
+        raise ValueError(
+            f"teacher_prompt_template={template!r} lacks {{privileged_context}}: the teacher would read what the "
+            f"student reads. {fix} (Only teacher_model_kind='external' can do without.)"
+        )
+    at = [name for _, name, _, _ in pieces].index("prompt")
+    before = [(literal, name) for literal, name, _, _ in pieces[:at]] + [(pieces[at][0], None)]
+    return before, [(literal, name) for literal, name, _, _ in pieces[at + 1 :]]
+
+
+def _text_of(content: Any, column: str, index: int) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+        return "".join(part["text"] for part in content)
+    raise TypeError(
+        f"Column {column!r} (privileged_column) of row {index} holds a message whose content is neither a string nor "
+        f"a list of text parts: {content!r:.80}."
+    )
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split()).casefold()

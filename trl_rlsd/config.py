@@ -1,0 +1,165 @@
+"""RLSDConfig: GRPOConfig and the fields of RLSD. Ranges are checked here and only here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from numbers import Real
+
+from trl import GRPOConfig
+
+from trl_rlsd.credit import get_credit
+
+
+# The reference stands first and the student's prompt last and verbatim: prompts that end differently would make the
+# gain measure the format instead of the reference.
+DEFAULT_TEMPLATE = (
+    "Here is a verified reference for the problem that follows:\n{privileged_context}\n\n"
+    "Work the problem out on your own, without mentioning the reference.\n\n{prompt}"
+)
+
+TEACHER_KINDS = ("synced", "live", "ema", "base", "external")
+
+# In these, the importance ratio carries the gradient. At sequence level there is one ratio per sequence, and every
+# token's gradient is multiplied by the mean of the token credit: which token earned it is lost.
+_RATIO_CARRIES_GRADIENT = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
+
+
+@dataclass
+class RLSDConfig(GRPOConfig):
+    """
+    Configuration for [`RLSDTrainer`]: everything of [`~trl.GRPOConfig`], and the fields below.
+
+    Raises:
+        `ValueError`: a value out of its range, or a combination for which token credit means nothing.
+        `TypeError`: a value of the wrong type.
+    """
+
+    credit: str = field(
+        default="rlsd",
+        metadata={"help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', or one of your own."},
+    )
+    rlsd_lambda: float = field(
+        default=0.5,
+        metadata={"help": "Peak of the mixing weight lambda, in [0, 1]. 0 is GRPO."},
+    )
+    rlsd_lambda_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps in which lambda rises linearly from 0 to its peak."},
+    )
+    rlsd_lambda_decay_steps: int = field(
+        default=50,
+        metadata={"help": "Optimizer steps after warm-up in which lambda falls linearly to 0; 0 keeps it constant."},
+    )
+    rlsd_reweight_clip_range: float = field(
+        default=0.2,
+        metadata={"help": "eps_w >= 0: a token's weight is clipped to [1 - eps_w, 1 + eps_w]."},
+    )
+    rlsd_negative_only: bool = field(
+        default=False,
+        metadata={"help": "Reweight only the completions with a negative advantage."},
+    )
+    teacher_model_kind: str = field(
+        default="synced",
+        metadata={
+            "help": "Whose weights score. 'synced': a snapshot of the student, renewed every `teacher_sync_steps`; "
+            "'live': the student as it is; 'ema': its moving average; 'base': the untrained model (adapter disabled, "
+            "or a frozen copy); 'external': the trainer's `teacher_model`.",
+            "choices": list(TEACHER_KINDS),
+        },
+    )
+    teacher_sync_steps: int = field(
+        default=10,
+        metadata={"help": "Optimizer steps between two snapshots of a 'synced' teacher, at least 1."},
+    )
+    teacher_update_rate: float = field(
+        default=0.05,
+        metadata={"help": "For an 'ema' teacher, in (0, 1]: teacher += rate * (student - teacher) after every step."},
+    )
+    privileged_column: str = field(
+        default="privileged_context",
+        metadata={
+            "help": "Dataset column with the privileged context: a string or a list of messages. None or '' in a row "
+            "leaves that row with plain GRPO credit."
+        },
+    )
+    teacher_prompt_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={
+            "help": "Format string with {prompt} and {privileged_context}, applied to the last user message or to the "
+            "whole plain-text prompt."
+        },
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the teacher's copy of the trainable weights on the CPU and swap it in to score ('synced', "
+            "'ema', 'base'). With LoRA that copy is the adapter alone."
+        },
+    )
+
+    def __post_init__(self):
+        # Before super(): a mistake in one of our own fields is told without the start-up of Accelerate.
+        self._check_ranges()
+        super().__post_init__()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name, low, high in (
+            ("rlsd_lambda", 0.0, 1.0),
+            ("rlsd_reweight_clip_range", 0.0, math.inf),
+            ("teacher_update_rate", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number.")
+            if not low <= value <= high or math.isinf(value):
+                bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"finite and at least {low:g}"
+                raise ValueError(f"{name}={value!r} is out of range; it must be {bounds}.")
+        if self.teacher_update_rate == 0:
+            raise ValueError(
+                "teacher_update_rate=0 never moves the 'ema' teacher; give a rate in (0, 1], or use "
+                "teacher_model_kind='base'."
+            )
+        for name, low in (
+            ("rlsd_lambda_warmup_steps", 0),
+            ("rlsd_lambda_decay_steps", 0),
+            ("teacher_sync_steps", 1),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a whole number of steps.")
+            if value < low:
+                raise ValueError(f"{name}={value!r} is out of range; it must be at least {low}.")
+        for name in ("credit", "teacher_model_kind", "privileged_column", "teacher_prompt_template"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
+        if self.teacher_model_kind not in TEACHER_KINDS:
+            raise ValueError(
+                f"teacher_model_kind={self.teacher_model_kind!r} is unknown; choose one of "
+                f"{', '.join(map(repr, TEACHER_KINDS))}."
+            )
+        get_credit(self.credit)
+
+    def _check_combinations(self) -> None:
+        credit = get_credit(self.credit)
+        if credit.teacher_rows == "none":
+            return
+        if self.importance_sampling_level == "sequence" and self.loss_type in _RATIO_CARRIES_GRADIENT:
+            raise ValueError(
+                f"importance_sampling_level='sequence' with loss_type={self.loss_type!r} has one importance ratio per "
+                "sequence, through which every token receives the mean of the token credit: the credit would be "
+                "computed and then lost. Use importance_sampling_level='token', loss_type='cispo', or credit='grpo'."
+            )
+        if not credit.keeps_sign:
+            why = f"which credit={self.credit!r} gives token by token with either sign"
+            if self.loss_type == "vespo":
+                raise ValueError(
+                    f"loss_type='vespo' weighs a whole sequence by the sign of its advantage, {why}. Use a credit that "
+                    "keeps the sign ('rlsd', 'grpo') or another loss_type."
+                )
+            if self.off_policy_mask_threshold is not None:
+                raise ValueError(
+                    f"off_policy_mask_threshold={self.off_policy_mask_threshold} drops whole sequences by the sign of "
+                    f"their advantage, {why}. Unset it, or use a credit that keeps the sign ('rlsd', 'grpo')."
+                )

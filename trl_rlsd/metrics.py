@@ -1,0 +1,65 @@
+"""Credit diagnostics: tensors in, `{name: (sum, count)}` out. Pure functions; needs torch alone.
+
+Sums and counts, not means: a mean over micro-batches and ranks is then the sum of sums over the sum of counts, however
+unevenly the tokens are spread. A metric that nothing counted (count 0) has no value, rather than nan.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trl_rlsd.credit import clipped_weight, gain
+
+
+# Names and order are fixed, so that every rank reduces the same vector whatever its rows were.
+TOKEN_METRICS = (
+    "gain_mean",
+    "kl",
+    "weight_mean_pos",
+    "weight_mean_neg",
+    "clip_low",
+    "clip_high",
+)
+ROW_METRICS = ("lambda", "no_context", "skipped", "teacher_seconds")
+METRICS = (*ROW_METRICS, *TOKEN_METRICS)
+
+
+def credit_metrics(
+    advantages: torch.Tensor,
+    student_logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip_range: float,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the teacher said about the tokens that count.
+
+    - `gain_mean`: mean gain. Its expectation is -KL(student || teacher) <= 0 on fresh samples.
+    - `kl`: the same divergence by the estimator exp(gain) - 1 - gain, which is never negative and less noisy; the
+      exponent is clamped at 20, so one absurd token cannot drown the rest (http://joschu.net/blog/kl-approx.html, k3).
+    - `weight_mean_pos`, `weight_mean_neg`: mean clipped weight exp(sign(A) * gain) over tokens with A > 0, A < 0.
+    - `clip_low`, `clip_high`: share of tokens whose weight was clipped from below, from above, among those with A != 0.
+
+    With gain = 0 everywhere: 0, 0, 1, 1, 0, 0. Tokens with mask 0 count nowhere, even when they hold nan or inf.
+
+    Shapes: `advantages` (B,), the others (B, T); values are pairs of 0-dim float32 tensors (sum, count).
+    Units: nats for `gain_mean` and `kl`; the others are ratios.
+    """
+    gains = gain(student_logps, teacher_logps, mask)
+    raw, clipped = clipped_weight(gains, advantages, clip_range)
+    counted = mask.bool()
+    positive = counted & (advantages > 0).unsqueeze(1)
+    negative = counted & (advantages < 0).unsqueeze(1)
+    kl = gains.clamp(max=20.0).exp() - 1.0 - gains.clamp(max=20.0)
+    values = {
+        "gain_mean": (gains, counted),
+        "kl": (kl, counted),
+        "weight_mean_pos": (clipped, positive),
+        "weight_mean_neg": (clipped, negative),
+        "clip_low": (raw < clipped, positive | negative),
+        "clip_high": (raw > clipped, positive | negative),
+    }
+    return {
+        name: (torch.where(where, value.float(), 0.0).sum(), where.sum().float())
+        for name, (value, where) in values.items()
+    }

@@ -1,0 +1,492 @@
+"""RLSDTrainer: GRPOTrainer with token credit from a privileged self-teacher.
+
+The only file that knows TRL's private names; `tests/test_contract.py` states what is expected of each. No TRL method
+body is repeated here: five are extended, each through `super()`.
+
+    _generate                            before a batch is generated: what the teacher will read is built and checked
+    _generate_and_score_completions      after it: the teacher scores the completions that matter
+    _compute_loss                        hands TRL a copy of the batch, in which ...
+    _get_per_token_logps_and_entropies   ... the advantages become token advantages as soon as the student's log-probs
+                                         of this very forward are there: TRL reads the advantages after them
+    _save/_load_optimizer_and_scheduler  the teacher's weights travel with the optimizer's state
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
+
+from trl_rlsd.collator import PrivilegedPromptCollator, check_length, teacher_inputs
+from trl_rlsd.config import RLSDConfig
+from trl_rlsd.credit import get_credit, lambda_at, token_advantages
+from trl_rlsd.metrics import METRICS, credit_metrics
+from trl_rlsd.teacher import STATE_FILE, AdapterOffTeacher, CopyTeacher, TeacherCallback, build_teacher, scoring
+
+
+logger = get_logger(__name__)
+
+
+class RLSDTrainer(GRPOTrainer):
+    """
+    Trainer for RLSD, reinforcement learning from verifiable rewards with token credit from a privileged self-teacher
+    ([Self-Distilled RLVR](https://huggingface.co/papers/2604.03128)).
+
+    It takes what [`~trl.GRPOTrainer`] takes, with an [`RLSDConfig`] as `args`, a dataset that has a privileged column
+    (`args.privileged_column`), and:
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher of `teacher_model_kind="external"`: a path or model id, or a causal language model with the
+            student's vocabulary. No other kind takes one.
+
+    Raises:
+        `ValueError` or `TypeError`: at construction, for whatever is knowable then; the message names the field, its
+        value and what to do.
+
+    Example:
+
+    ```python
+    from trl_rlsd import RLSDConfig, RLSDTrainer
+
+    trainer = RLSDTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs=accuracy_reward,
+        args=RLSDConfig("out"),
+        train_dataset=dataset,  # columns: prompt, solution, privileged_context
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "rlsd"]
+    _name = "RLSD"
+    _paper = {
+        "title": "Self-Distilled RLVR",
+        "id": "2604.03128",
+        "citation": textwrap.dedent("""\
+            @misc{yang2026selfdistilledrlvr,
+                title  = {{Self-Distilled RLVR}},
+                author = {Chenxu Yang and Chuanyu Qin and Qingyi Si and Minghui Chen and Naibin Gu and Dingyu Yao and Zheng Lin and Weiping Wang and Jiaqi Wang and Nan Duan},
+                year   = 2026,
+                eprint = {arXiv:2604.03128},
+            }"""),
+    }
+
+    # Class attributes, so that a trainer made without __init__ (as in TRL's own tests) still runs TRL's methods.
+    _rows: list[Mapping[str, Any]] | None = None
+    _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
+    _uncredited: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: RLSDConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        *grpo_args,
+        teacher_model: str | PreTrainedModel | None = None,
+        **grpo_kwargs,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = RLSDConfig(f"{model_id.split('/')[-1]}-RLSD")
+        if not isinstance(args, RLSDConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}; RLSDTrainer needs an RLSDConfig, which takes the same fields and "
+                "those of RLSD."
+            )
+        self._credit = get_credit(args.credit)
+        self._collator = PrivilegedPromptCollator(
+            args.teacher_prompt_template, args.privileged_column, needs_context=args.teacher_model_kind != "external"
+        )
+        self._teacher_is_used = self._credit.teacher_rows != "none"
+        _check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
+        if self._teacher_is_used and self._collator.reads_context:
+            _check_column(train_dataset, args.privileged_column)
+
+        super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
+
+        # sums and counts of the rlsd/* metrics since the last log, on the device: no synchronisation per micro-batch
+        self._credit_totals = torch.zeros(len(METRICS), 2, device=self.accelerator.device)
+        if not self._teacher_is_used:
+            return
+        self._check_setup()
+        student = self.accelerator.unwrap_model(self.model)
+        external = self._prepare_external(teacher_model) if teacher_model is not None else None
+        self.teacher = build_teacher(
+            args.teacher_model_kind,
+            student,
+            is_peft=is_peft_model(student),
+            sync_steps=args.teacher_sync_steps,
+            update_rate=args.teacher_update_rate,
+            offload=args.teacher_offload,
+            external=external,
+        )
+        self._check_teacher()
+        self.add_callback(TeacherCallback(self.teacher))
+
+    # ------------------------------------------------------------------ checks, before anything is generated
+
+    def _check_setup(self) -> None:
+        if self._is_vlm:
+            raise ValueError(
+                f"{type(self.processing_class).__name__} is a processor: token credit for vision-language models is "
+                "not supported yet. Pass the tokenizer for text-only training, or credit='grpo'."
+            )
+        row = next(iter(self.train_dataset), None) if isinstance(self.train_dataset, Dataset) else None
+        if row is not None and is_conversational(row) and not (self.chat_template or self._tokenizer.chat_template):
+            raise ValueError(
+                "processing_class has no chat template, but the dataset's prompts are conversational. Set "
+                "`tokenizer.chat_template`, or give plain-text prompts."
+            )
+        dropout = [n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+        if dropout:
+            logger.warning(
+                f"The student trains with dropout ({len(dropout)} modules, e.g. {dropout[0]}), the teacher scores "
+                "without: the gain then holds the student's dropout noise. Set `disable_dropout=True` in RLSDConfig "
+                "(or `lora_dropout=0`)."
+            )
+        sampling = {
+            "top_p": (self.top_p, (None, 1.0)),
+            "top_k": (self.top_k, (None, 0, -1)),
+            "min_p": (self.min_p, (None, 0.0)),
+            "repetition_penalty": (self.repetition_penalty, (None, 1.0)),
+        }
+        odd = [f"{name}={value}" for name, (value, neutral) in sampling.items() if value not in neutral]
+        if odd:
+            logger.warning(
+                f"Completions are sampled with {', '.join(odd)}, but the gain compares the plain distributions of "
+                "teacher and student. The tokens are then not samples of the student that is compared."
+            )
+
+    def _check_teacher(self) -> None:
+        sharded = self.is_fsdp_enabled or (
+            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        if sharded and isinstance(self.teacher, CopyTeacher):
+            raise ValueError(
+                f"teacher_model_kind={self.args.teacher_model_kind!r} with FSDP or ZeRO-3: a copy of sharded weights "
+                "is not supported yet. Use 'live', 'base' with LoRA, or 'external'; or DDP or ZeRO-2."
+            )
+        if self.args.teacher_offload and not isinstance(self.teacher, CopyTeacher):
+            logger.warning(
+                f"teacher_offload=True has no effect: teacher_model_kind={self.args.teacher_model_kind!r} keeps no "
+                "copy of the weights."
+            )
+        if isinstance(self.teacher, AdapterOffTeacher):
+            logger.info("The teacher is the base model: the adapter is disabled while it scores.")
+
+    def _prepare_external(self, teacher_model: str | PreTrainedModel) -> PreTrainedModel:
+        if isinstance(teacher_model, str):
+            tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=self.args.trust_remote_code)
+            if tokenizer.get_vocab() != self._tokenizer.get_vocab():
+                raise ValueError(
+                    f"teacher_model={teacher_model!r} has another vocabulary ({len(tokenizer)} tokens) than the "
+                    f"student ({len(self._tokenizer)}): log-probs of the same token ids would mean other tokens. Use "
+                    "a teacher of the student's model family."
+                )
+            teacher_model = create_model_from_path(
+                teacher_model,
+                dtype=self.model.dtype,
+                attn_implementation=self.model.config._attn_implementation,
+                trust_remote_code=self.args.trust_remote_code,
+            )
+        elif teacher_model is self.accelerator.unwrap_model(self.model):
+            raise ValueError(
+                "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
+            )
+        size = teacher_model.config.get_text_config().vocab_size
+        own = self.model.config.get_text_config().vocab_size
+        if size != own and size < len(self._tokenizer):
+            raise ValueError(
+                f"teacher_model has a vocabulary of {size} tokens, the student one of {own}: log-probs of the same "
+                "token ids would mean other tokens. Use a teacher of the student's model family."
+            )
+        add_fused_lm_head(
+            teacher_model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+        )
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher_model, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(teacher_model, self.accelerator)
+        return self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+
+    def train(self, *args, **kwargs):
+        if self._teacher_is_used and isinstance(self.train_dataset, Dataset):
+            self._check_prompts(self.train_dataset)
+        return super().train(*args, **kwargs)
+
+    def _check_prompts(self, dataset: Dataset) -> None:
+        """The self-check at the start: the first row with privileged context is rendered and shown, and the row with
+        most text must fit into the model."""
+        if self.environment_factories is not None:  # the prompts are the environments'; `_generate` checks lengths
+            return
+        first, longest, most = None, 0, -1
+        rows = dataset.select_columns([c for c in ("prompt", self._collator.column) if c in dataset.column_names])
+        for index, row in enumerate(rows):
+            context = self._collator.context(row, index) if self._collator.reads_context else ""
+            if context is None:
+                continue
+            first = index if first is None else first
+            size = len(context) + len(str(row["prompt"]))
+            if size > most:
+                longest, most = index, size
+        if first is None:
+            logger.warning(
+                f"No row of the dataset has privileged context in {self._collator.column!r}: every row will be "
+                "trained with plain GRPO credit."
+            )
+            return
+        teacher_prompts, _ = self._collator.prompts([rows[longest]], [rows[longest]["prompt"]])
+        lengths = [len(ids) for ids in self._tokenize_prompts(teacher_prompts)[0]]
+        check_length(lengths, self.max_completion_length, self._positions())
+        self._show_prompts(rows[first])
+
+    def _show_prompts(self, row: Mapping[str, Any]) -> None:
+        teacher_prompts, _ = self._collator.prompts([row], [row["prompt"]])
+        student, teacher = (
+            self._tokenizer.decode(self._tokenize_prompts(prompts)[0][0])
+            for prompts in ([row["prompt"]], teacher_prompts)
+        )
+        if self._collator.reads_context:
+            encode, decode = self._tokenizer.encode, self._tokenizer.decode
+            self._collator.check_rendered(
+                self._collator.context(row),
+                student,
+                teacher,
+                lambda text: decode(encode(text, add_special_tokens=False)),
+            )
+        logger.info(f"The student reads:\n{student}\nThe teacher reads:\n{teacher}")
+
+    def _positions(self) -> int | None:
+        models = [self.model] if self.args.teacher_model_kind != "external" else [self.model, self.teacher.model]
+        limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
+        return min((limit for limit in limits if limit), default=None)
+
+    # ------------------------------------------------------------------ data flow
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._teacher_is_used and self.args.privileged_column not in self._signature_columns:
+            self._signature_columns.append(self.args.privileged_column)
+
+    def _generate(self, prompts: list):
+        # The last moment before samples are paid for, and the first at which the prompts are those that the student
+        # will read (with environments, reset() has extended them).
+        if self._rows is not None:
+            teacher_prompts, has_context = self._collator.prompts(self._rows, prompts)
+            prompt_ids = self._tokenize_prompts(teacher_prompts)[0]
+            check_length([len(ids) for ids in prompt_ids], self.max_completion_length, self._positions())
+            self._teacher_prompts = (prompt_ids, has_context)
+        return super()._generate(prompts)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not (self.model.training and self._teacher_is_used):
+            return super()._generate_and_score_completions(inputs)
+        if self.state.global_step == 0 and not isinstance(self.train_dataset, Dataset):
+            self._check_stream(inputs)
+        # lambda may be 0 now and positive when the batch's last slice is used
+        wanted = not self._credit.uses_lambda or any(self._lambda(step) > 0 for step in self._steps_of_batch())
+        self._rows = inputs if wanted else None
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+            if wanted:
+                self._score_with_teacher(batch, *self._teacher_prompts)
+            else:
+                rows = len(inputs)
+                self._count({"skipped": (rows, rows)})
+        finally:
+            self._rows = self._teacher_prompts = None
+        return batch
+
+    def _check_stream(self, inputs: list[dict[str, Any]]) -> None:
+        """The self-check of a dataset that cannot be looked at before: on the first batch that it gives."""
+        for index, row in enumerate(inputs):
+            if not self._collator.reads_context or self._collator.context(row, index) is not None:
+                if self.environment_factories is None:
+                    self._show_prompts(row)
+                return
+
+    def _steps_of_batch(self) -> range:
+        """The optimizer steps, from now on, in which slices of the batch that is generated now can be used."""
+        accumulation = self.args.gradient_accumulation_steps
+        uses = self.args.steps_per_generation * self.num_iterations
+        aligned = uses % accumulation == 0 and self._step % accumulation == 0
+        now = self.state.global_step
+        return range(now, now + (uses - 1) // accumulation + (1 if aligned else 2))
+
+    def _lambda(self, step: int) -> float:
+        return lambda_at(
+            step,
+            peak=self.args.rlsd_lambda,
+            warmup_steps=self.args.rlsd_lambda_warmup_steps,
+            decay_steps=self.args.rlsd_lambda_decay_steps,
+        )
+
+    def _score_with_teacher(self, batch: dict[str, Any], prompt_ids: list[list[int]], has_context: list[bool]) -> None:
+        """Add `teacher_logps` (B, T) and `teacher_scored` (B,) to the batch.
+
+        Scored are the rows with context, with a token that counts, and, if the credit is a multiple of the advantage,
+        with A != 0. The others are never run through the model.
+        """
+        started = time.perf_counter()
+        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        counted = (mask if "tool_mask" not in batch else mask * batch["tool_mask"]).any(dim=1)
+        context = torch.tensor(has_context, device=ids.device)
+        scored = context & counted
+        if self._credit.teacher_rows == "nonzero_advantage":
+            scored &= batch["advantages"] != 0
+        chosen = scored.nonzero().squeeze(1)
+        logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        # With sharded weights every forward is a collective call: a rank with fewer rows runs its first row again.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        size = self.args.per_device_train_batch_size
+        chunks = list(chosen.split(size)) if len(chosen) else []
+        if sharded:
+            most = self.accelerator.gather(torch.tensor([len(chunks)], device=ids.device)).max().item()
+            chunks += [torch.zeros(1, dtype=torch.long, device=ids.device)] * (most - len(chunks))
+        if chunks:
+            with self.teacher.weights(self.model) as model, scoring(model):
+                for position, rows in enumerate(chunks):
+                    teacher_ids, teacher_mask = teacher_inputs(
+                        [prompt_ids[row] for row in rows.tolist()], ids[rows], mask[rows], self._tokenizer.pad_token_id
+                    )
+                    scores, _, _ = self._get_per_token_logps_and_entropies(
+                        model, teacher_ids, teacher_mask, ids.size(1)
+                    )
+                    if position * size < len(chosen):
+                        logps[rows] = scores.float()
+        batch["teacher_logps"], batch["teacher_scored"] = logps, scored
+        rows = len(prompt_ids)
+        without = rows - sum(has_context)
+        totals = {"no_context": (without, rows), "skipped": (rows - len(chosen), rows)}
+        self._count({**totals, "teacher_seconds": (time.perf_counter() - started, 1)})
+
+    def _compute_loss(self, model, inputs):
+        lam = self._lambda(self.state.global_step)
+        if self._teacher_is_used and self.model.training:
+            self._count({"lambda": (lam, 1)})
+        # With lambda 0 the batch stays as GRPO made it, (B,) advantages included: the same run, bit for bit.
+        if "teacher_logps" not in inputs or (self._credit.uses_lambda and lam == 0):
+            return super()._compute_loss(model, inputs)
+        # a copy: the buffered batch is used again when num_iterations > 1, and credit must not be put upon credit
+        inputs = dict(inputs)
+        self._uncredited = inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._uncredited = None
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if self._uncredited is not None:
+            # The first call within TRL's loss is the student's own forward; its log-probs cost nothing more.
+            inputs, self._uncredited = self._uncredited, None
+            inputs["advantages"] = self._token_credit(inputs, outputs[0].detach())
+        return outputs
+
+    def _token_credit(self, inputs: dict[str, Any], student_logps: torch.Tensor) -> torch.Tensor:
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        scored = inputs["teacher_scored"]
+        tensors = (inputs["advantages"], student_logps, inputs["teacher_logps"])
+        clip_range = self.args.rlsd_reweight_clip_range
+        self._count(credit_metrics(*tensors, mask * scored.unsqueeze(1), clip_range=clip_range))
+        return token_advantages(
+            self._credit,
+            *tensors,
+            mask,
+            scored,
+            lam=self._lambda(self.state.global_step),
+            clip_range=clip_range,
+            negative_only=self.args.rlsd_negative_only,
+        )
+
+    # ------------------------------------------------------------------ metrics
+
+    def _count(self, values: Mapping[str, tuple[Any, Any]]) -> None:
+        for name, pair in values.items():
+            entry = self._credit_totals[METRICS.index(name)]
+            for position, value in enumerate(pair):
+                entry[position] += value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and self._teacher_is_used:
+            totals = self.accelerator.reduce(self._credit_totals, reduction="sum").tolist()
+            self._credit_totals.zero_()
+            logs.update({f"rlsd/{n}": s / c for n, (s, c) in zip(METRICS, totals, strict=True) if c > 0})
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Beside the optimizer's state, not in the student's folder by way of save_pretrained: a checkpoint's model
+        # files, and so what is pushed to the Hub, are the student's alone. `save_only_model` leaves both out.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._teacher_is_used and self.args.should_save:
+            self.teacher.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Called on resume, once the student's weights are loaded and before training begins.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._teacher_is_used or checkpoint is None or self.teacher.load(checkpoint):
+            return
+        if os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+            raise ValueError(
+                f"{checkpoint} has no {STATE_FILE}, so the teacher cannot be restored: it was written by another "
+                "trainer, or is incomplete. Resume from another checkpoint; or, to start RLSD from these weights, "
+                "pass the folder as `model` instead of resuming."
+            )
+        logger.warning(f"{checkpoint} was saved without training state: the teacher starts from its weights.")
+
+
+def _check_teacher_model(kind: str, teacher_model: Any, used: bool) -> None:
+    if kind == "external" and teacher_model is None and used:
+        raise ValueError(
+            "teacher_model_kind='external' needs a model: pass `teacher_model=` to RLSDTrainer, or choose 'synced', "
+            "'live', 'ema' or 'base'."
+        )
+    if teacher_model is not None and (kind != "external" or not used):
+        raise ValueError(
+            f"teacher_model was given, but teacher_model_kind={kind!r}"
+            + ("" if used else " and the credit function uses no teacher")
+            + ". Set teacher_model_kind='external', or leave teacher_model out."
+        )
+
+
+def _check_column(dataset: Any, column: str) -> None:
+    """What a dataset tells of its columns before a row is read."""
+    if dataset is None:
+        raise ValueError(
+            f"train_dataset is None, so there is no column {column!r} (privileged_column) for the teacher. Give a "
+            "dataset with that column, or use credit='grpo'."
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and column not in columns:
+        raise ValueError(
+            f"train_dataset has no column {column!r} (privileged_column); its columns are "
+            f"{', '.join(map(repr, columns))}. Add the column (None or '' for rows without privileged context), set "
+            "`privileged_column` to the one that holds it, or use credit='grpo'."
+        )
+    feature = (getattr(dataset, "features", None) or {}).get(column)
+    kind = getattr(feature, "dtype", None)
+    if isinstance(kind, str) and kind not in ("string", "large_string", "string_view", "null", "list", "dict"):
+        raise TypeError(
+            f"Column {column!r} (privileged_column) of train_dataset is of type {kind}; it must be a string or a list "
+            f"of messages. Convert it: dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}})."
+        )
