@@ -121,7 +121,9 @@ class RLSDTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
         # sums and counts of the rlsd/* metrics since the last log, on the device: no synchronisation per micro-batch
-        self._credit_totals = torch.zeros(len(METRICS), 2, device=self.accelerator.device)
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._credit_totals = torch.zeros(len(METRICS), 2, device=device, dtype=dtype)
         if not self._teacher_is_used:
             return
         self._check_setup()
@@ -378,7 +380,7 @@ class RLSDTrainer(GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         lam = self._lambda(self.state.global_step)
-        if self._teacher_is_used and self.model.training:
+        if self._credit.uses_lambda and self.model.training:
             self._count({"lambda": (lam, 1)})
         # With lambda 0 the batch stays as GRPO made it, (B,) advantages included: the same run, bit for bit.
         if "teacher_logps" not in inputs or (self._credit.uses_lambda and lam == 0):

@@ -1,0 +1,129 @@
+"""Tiny models, tokenizers and datasets, built in code: no test needs a download."""
+
+import os
+
+
+# before anything of Hugging Face is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_rlsd import RLSDConfig, RLSDTrainer
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if no_think is defined %}<no-think>{% endif %}{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, and the special tokens: every text survives encoding and decoding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", *alphabet, *extra])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left", chat_template=chat_template
+    )
+
+
+def tiny_llama(vocab_size: int = 258, seed: int = 0, **options) -> LlamaForCausalLM:
+    """Two layers with grouped-query attention. The weights are large enough for log-probs to differ by tenths of a
+    nat between prompts; at the usual 0.02 every gain would be about 0 and the tests would see nothing."""
+    torch.manual_seed(seed)
+    defaults = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **options}))
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+
+
+def dataset(rows: int = 16, conversational: bool = False, column: str = "privileged_context") -> Dataset:
+    prompts = [f"{i} + {i} = ?" for i in range(rows)]
+    if conversational:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return Dataset.from_dict({"prompt": prompts, column: [f"the answer is {2 * i}" for i in range(rows)]})
+
+
+def byte_reward(completions, **kwargs):
+    """Varied within almost every group, and the same for the same completions."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(sum(text.encode()) % 7) for text in texts]
+
+
+def config(tmp_path, **options) -> RLSDConfig:
+    defaults = dict(
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=7,
+    )
+    return RLSDConfig(str(tmp_path), **{**defaults, **options})
+
+
+def trainer(tmp_path, *, model=None, data=None, peft_config=None, reward=byte_reward, args=None, **options):
+    """An RLSDTrainer on the tiny model; `options` are config fields, and `teacher_model`, `callbacks`, `tools`, ...
+    go to the trainer."""
+    names = ("teacher_model", "callbacks", "tools", "eval_dataset", "processing_class", "rollout_func")
+    own = {name: options.pop(name) for name in names if name in options}
+    own.setdefault("processing_class", byte_tokenizer())
+    return RLSDTrainer(
+        model if model is not None else tiny_llama(),
+        reward,
+        args if args is not None else config(tmp_path, **options),
+        data if data is not None else dataset(),
+        peft_config=peft_config,
+        **own,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different
+
+
+def differs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # tests run in several processes; spinning threads on taken cores are many times slower
+    torch.set_num_threads(1)

@@ -1,0 +1,89 @@
+"""The rooms: who may import whom, who may know TRL's private names, and how large a room gets."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parent.parent / "trl_rlsd"
+# upper levels import lower ones; rooms on one level do not import each other
+LEVELS = [
+    {"cli"},
+    {"quickstart"},
+    {"trainer"},
+    {"config", "teacher", "collator"},
+    {"metrics"},
+    {"credit", "rewards", "data"},
+]
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Every trl_rlsd room that a module imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {name.split(".")[1] for name in names if name.startswith("trl_rlsd.")}
+    return found
+
+
+def test_every_room_has_a_level():
+    rooms = {room(path) for path in MODULES} - {"__init__", "__main__"}
+    assert rooms == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_go_strictly_downward(path):
+    if room(path) in ("__init__", "__main__"):
+        return
+    level = next(i for i, rooms in enumerate(LEVELS) if room(path) in rooms)
+    below = set().union(*LEVELS[level + 1 :])
+    allowed = below | {room(path)} | {"__version__"}
+    assert {name for name in imports(path) if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()} <= allowed
+
+
+def private_names(path: Path) -> set[str]:
+    """Names with a leading underscore that are read off something other than this package's own objects."""
+    tree = ast.parse(path.read_text())
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    used |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    return {name for name in used if name.startswith("_") and not name.startswith("__")} - own
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_trls_private_names_stand_in_the_trainer_alone(path):
+    if path.stem == "trainer":
+        from test_contract import PRIVATE
+
+        assert private_names(path) <= set(PRIVATE)
+    else:
+        assert private_names(path) == set()
+
+
+@pytest.mark.parametrize("module", ["credit", "metrics", "collator"])
+def test_pure_rooms_need_torch_alone(module):
+    code = f"import sys, trl_rlsd.{module}; print([m for m in ('trl', 'transformers', 'datasets', 'peft') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert out.stdout.strip() == "[]"
+
+
+def test_rooms_stay_readable():
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        assert len(path.read_text().splitlines()) <= 520, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)

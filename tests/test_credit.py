@@ -1,0 +1,180 @@
+"""The laws of token credit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_rlsd.credit import Credit, gain, get_credit, lambda_at, register_credit, token_advantages
+
+
+NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd"]
+KNOBS = {"lam": 0.5, "clip_range": 0.2, "negative_only": False}
+
+
+@st.composite
+def batches(draw):
+    """Rows of every kind: A of either sign and 0, one token or several, all masked, huge gains, bfloat16."""
+    rows, tokens = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([1e-3, 1.0, 30.0, 1e4]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    student, teacher = (-scale * torch.rand(rows, tokens, generator=generator) for _ in range(2))
+    sign = torch.tensor(draw(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=rows, max_size=rows)))
+    advantages = sign * torch.rand(rows, generator=generator) * 2
+    lengths = torch.tensor(draw(st.lists(st.integers(0, tokens), min_size=rows, max_size=rows)))
+    mask = (torch.arange(tokens) < lengths.unsqueeze(1)).long()
+    return advantages, student.to(dtype), teacher.to(dtype), mask
+
+
+knobs = st.fixed_dictionaries(
+    {"lam": st.floats(0, 1), "clip_range": st.floats(0, 5), "negative_only": st.booleans()}
+)
+
+
+@given(batches(), st.sampled_from(NAMES))
+def test_lambda_zero_is_grpo_bit_for_bit(batch, name):
+    if not get_credit(name).uses_lambda:
+        return
+    advantages, student, teacher, mask = batch
+    credited = token_advantages(get_credit(name), *batch, **{**KNOBS, "lam": 0.0})
+    expected = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
+    assert torch.equal(credited, expected.to(credited.dtype))
+
+
+@given(batches(), knobs)
+def test_rlsd_never_turns_the_verdict_over(batch, options):
+    advantages, _, _, mask = batch
+    credited = token_advantages(get_credit("rlsd"), *batch, **options)
+    product = credited * advantages.unsqueeze(1)
+    assert (product[mask.bool()] >= 0).all()
+    if options["lam"] < 1 or options["clip_range"] < 1:
+        strict = mask.bool() & (advantages != 0).unsqueeze(1)
+        assert (product[strict] > 0).all()
+
+
+@given(batches(), st.sampled_from(["rlsd", "grpo"]), knobs)
+def test_zero_advantage_stays_zero(batch, name, options):
+    advantages, *rest = batch
+    credited = token_advantages(get_credit(name), torch.zeros_like(advantages), *rest, **options)
+    assert torch.equal(credited, torch.zeros_like(credited))
+
+
+@given(batches(), st.sampled_from(NAMES), knobs, st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_pads_are_inert_even_when_they_hold_nan_or_inf(batch, name, options, poison):
+    advantages, student, teacher, mask = batch
+    clean = token_advantages(get_credit(name), *batch, **options)
+    poisoned = [logps.masked_fill(mask == 0, poison) for logps in (student, teacher)]
+    assert torch.equal(token_advantages(get_credit(name), advantages, *poisoned, mask, **options), clean)
+    assert (clean[mask == 0] == 0).all()
+
+
+@given(batches(), st.sampled_from(NAMES), knobs)
+def test_credit_is_finite_float32_at_least_and_without_gradient(batch, name, options):
+    advantages, student, teacher, mask = batch
+    student, teacher = student.requires_grad_(), teacher.requires_grad_()
+    credited = token_advantages(get_credit(name), advantages, student, teacher, mask, **options)
+    assert credited.shape == mask.shape
+    assert torch.isfinite(credited).all()
+    assert credited.dtype in (torch.float32, torch.float64)
+    assert not credited.requires_grad
+
+
+@given(batches(), st.sampled_from(NAMES), knobs)
+def test_rows_that_no_teacher_scored_keep_the_plain_advantage(batch, name, options):
+    advantages, student, teacher, mask = batch
+    scored = torch.arange(len(advantages)) % 2 == 0
+    teacher = teacher.masked_fill(~scored.unsqueeze(1), math.nan)
+    credited = token_advantages(get_credit(name), advantages, student, teacher, mask, scored, **options)
+    plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
+    assert torch.equal(credited[~scored], plain[~scored].to(credited.dtype))
+
+
+@given(batches(), knobs)
+def test_rlsd_credit_stays_within_the_clip_range(batch, options):
+    advantages, _, _, mask = batch
+    credited = token_advantages(get_credit("rlsd"), *batch, **options)
+    factor = credited / advantages.unsqueeze(1)
+    factor = factor[mask.bool() & (advantages != 0).unsqueeze(1)]
+    lam, eps = options["lam"], options["clip_range"]
+    assert (factor >= 1 - lam * eps - 1e-5).all()
+    assert (factor <= 1 + lam * eps + 1e-5).all()
+
+
+@given(batches(), knobs)
+def test_negative_only_leaves_the_right_completions_alone(batch, options):
+    advantages, _, _, mask = batch
+    credited = token_advantages(get_credit("rlsd"), *batch, **{**options, "negative_only": True})
+    right = advantages > 0
+    plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
+    torch.testing.assert_close(credited[right], plain[right].to(credited.dtype), rtol=1e-6, atol=0)
+
+
+def test_rlsd_equals_the_formula_computed_by_hand():
+    # gains +0.1, -0.1, +1; A = 2: weights 1.10517, 0.90484, clipped 1.2; A = -2: 0.90484, 1.10517, clipped 0.8
+    student = torch.tensor([[-1.0, -1.0, -2.0]] * 2)
+    teacher = torch.tensor([[-0.9, -1.1, -1.0]] * 2)
+    credited = token_advantages(
+        get_credit("rlsd"), torch.tensor([2.0, -2.0]), student, teacher, torch.ones(2, 3), **KNOBS
+    )
+    expected = [[2.105171, 1.904837, 2.2], [-1.904837, -2.105171, -1.8]]
+    torch.testing.assert_close(credited, torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_opsd_is_the_gain_and_the_hybrid_adds_it():
+    student, teacher = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-1.5, -1.0]])
+    advantages, mask = torch.tensor([1.0]), torch.ones(1, 2)
+    opsd = token_advantages(get_credit("opsd"), advantages, student, teacher, mask, **KNOBS)
+    hybrid = token_advantages(get_credit("grpo_opsd"), advantages, student, teacher, mask, **KNOBS)
+    assert opsd.tolist() == [[-0.5, 2.0]]
+    assert hybrid.tolist() == [[0.75, 2.0]]
+
+
+@given(batches())
+def test_same_log_probs_mean_no_gain(batch):
+    _, student, _, mask = batch
+    assert torch.equal(gain(student, student, mask), torch.zeros(mask.shape, dtype=gain(student, student, mask).dtype))
+
+
+@given(
+    st.floats(0, 1), st.integers(0, 50), st.integers(0, 50), st.integers(0, 200)
+)
+def test_lambda_stays_between_zero_and_its_peak(peak, warmup, decay, step):
+    assert 0 <= lambda_at(step, peak=peak, warmup_steps=warmup, decay_steps=decay) <= peak
+
+
+def test_lambda_follows_the_paper():
+    paper = [lambda_at(s, peak=0.5, warmup_steps=0, decay_steps=50) for s in (0, 25, 50, 1000)]
+    assert paper == [0.5, 0.25, 0.0, 0.0]
+    warm = [lambda_at(s, peak=0.4, warmup_steps=4, decay_steps=2) for s in range(8)]
+    assert warm == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.2, 0.0, 0.0])
+    assert lambda_at(10**6, peak=0.5, warmup_steps=0, decay_steps=0) == 0.5
+
+
+def test_a_users_function_is_found_by_name_and_cannot_take_a_name_twice():
+    @register_credit("half_of_it", teacher_rows="none")
+    def half(advantages, student_logps, teacher_logps, mask, **options):
+        return 0.5 * advantages.unsqueeze(1).expand(student_logps.shape)
+
+    ones = torch.ones(1, 2)
+    assert token_advantages(get_credit("half_of_it"), torch.tensor([4.0]), ones, ones, ones).tolist() == [[2.0, 2.0]]
+    with pytest.raises(ValueError, match="registered already"):
+        register_credit("half_of_it")(half)
+    with pytest.raises(ValueError, match="teacher_rows='some'"):
+        register_credit("other", teacher_rows="some")
+    with pytest.raises(ValueError, match=r"grpo, grpo_opsd, half_of_it"):
+        get_credit("nonesuch")
+
+
+def test_mistakes_of_a_users_function_are_named():
+    ones = torch.ones(2, 3)
+    wrong_shape = Credit("wrong", lambda a, s, t, m, **k: a, "all", False, False)
+    with pytest.raises(ValueError, match=r"'wrong' returned \(2,\), not \(2, 3\)"):
+        token_advantages(wrong_shape, torch.ones(2), ones, ones, ones)
+    diverged = Credit("log", lambda a, s, t, m, **k: (s - 1).log(), "all", False, False)
+    with pytest.raises(ValueError, match="row 0, token 0"):
+        token_advantages(diverged, torch.ones(2), ones, ones, ones)
+    with pytest.raises(ValueError, match="Expected advantages"):
+        token_advantages(get_credit("rlsd"), torch.ones(2), ones, torch.ones(2, 4), ones, **KNOBS)

@@ -1,0 +1,67 @@
+"""The laws of the credit diagnostics."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_rlsd.metrics import TOKEN_METRICS, credit_metrics
+
+
+def batch(seed, rows=6, tokens=5):
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = -3 * torch.rand(rows, tokens, generator=g), -3 * torch.rand(rows, tokens, generator=g)
+    mask = (torch.rand(rows, tokens, generator=g) > 0.3).long()
+    return torch.randn(rows, generator=g), student, teacher, mask
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5))
+def test_sums_and_counts_of_parts_add_up_to_those_of_the_whole(seed, cut):
+    whole = credit_metrics(*batch(seed), clip_range=0.2)
+    parts = [
+        credit_metrics(*(tensor[rows] for tensor in batch(seed)), clip_range=0.2)
+        for rows in (slice(None, cut), slice(cut, None))
+    ]
+    for name in TOKEN_METRICS:
+        for position in range(2):
+            total = parts[0][name][position] + parts[1][name][position]
+            assert total.item() == pytest.approx(whole[name][position].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_is_masked_counts_nowhere(poison):
+    advantages, student, teacher, mask = batch(3)
+    clean = credit_metrics(advantages, student, teacher, mask, clip_range=0.2)
+    dirty = credit_metrics(
+        advantages, student.masked_fill(mask == 0, poison), teacher.masked_fill(mask == 0, poison), mask, clip_range=0.2
+    )
+    assert all(clean[name][0] == dirty[name][0] and clean[name][1] == dirty[name][1] for name in TOKEN_METRICS)
+    empty = credit_metrics(advantages, student, teacher, torch.zeros_like(mask), clip_range=0.2)
+    assert all(value.item() == 0 and count.item() == 0 for value, count in empty.values())
+
+
+def test_values_computed_by_hand():
+    # gains 0.1 and -1 with A = 1, 0 and -0.1 with A = -1
+    student = torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
+    teacher = torch.tensor([[-0.9, -2.0], [-2.0, -2.1]])
+    metrics = credit_metrics(torch.tensor([1.0, -1.0]), student, teacher, torch.ones(2, 2), clip_range=0.2)
+    means = {name: (value / count).item() for name, (value, count) in metrics.items()}
+    assert means["gain_mean"] == pytest.approx(-0.25, abs=1e-6)
+    k3 = [math.exp(g) - 1 - g for g in (0.1, -1.0, 0.0, -0.1)]
+    assert means["kl"] == pytest.approx(sum(k3) / 4, abs=1e-6)
+    assert means["weight_mean_pos"] == pytest.approx((math.exp(0.1) + 0.8) / 2, abs=1e-6)
+    assert means["weight_mean_neg"] == pytest.approx((1 + math.exp(0.1)) / 2, abs=1e-6)
+    assert (means["clip_low"], means["clip_high"]) == (0.25, 0.0)
+
+
+def test_the_kl_estimate_is_the_exact_divergence_in_expectation():
+    student, teacher = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
+    exact = (student.exp() * (student - teacher)).sum().item()
+    # every token of the vocabulary once, weighted by the student's probability
+    estimates = [
+        credit_metrics(torch.ones(1), s.view(1, 1), t.view(1, 1), torch.ones(1, 1), clip_range=0.2)["kl"][0].item()
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    assert sum(p * e for p, e in zip(student.exp().tolist(), estimates, strict=True)) == pytest.approx(exact, abs=1e-6)

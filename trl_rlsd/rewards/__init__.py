@@ -1,0 +1,39 @@
+"""Verifiable rewards, by name. `get_reward("name")` or `get_reward("package.module.function")`.
+
+Every reward has TRL's signature, `(prompts, completions, **columns) -> list[float | None]`; None says that the grader
+could not judge, which is not the same as a wrong answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+
+# TRL's own are used as they are; nothing of theirs is written again.
+REWARDS = {
+    "reasoning_gym_reward": "trl_rlsd.rewards.reasoning_gym.reasoning_gym_reward",
+    "accuracy_reward": "trl.rewards.accuracy_reward",
+    "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",
+    "think_format_reward": "trl.rewards.think_format_reward",
+}
+
+
+def get_reward(name: str) -> Callable[..., list[float | None]]:
+    """The reward function of a registered name or a dotted path.
+
+    Raises:
+        ValueError: there is no such function; the message lists the names.
+    """
+    path = REWARDS.get(name, name)
+    module, _, function = path.rpartition(".")
+    try:
+        reward = getattr(import_module(module), function) if module else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {name!r} cannot be loaded: {error}. Install what it needs, or mend the path.") from error
+    if not callable(reward):
+        raise ValueError(
+            f"{name!r} is neither a registered reward ({', '.join(REWARDS)}) nor the dotted path of a function, such "
+            "as 'my_package.rewards.my_reward'."
+        )
+    return reward
