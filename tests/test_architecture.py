@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trl_rlsd"
 # upper levels import lower ones; rooms on one level do not import each other
 LEVELS = [
     {"cli"},
-    {"quickstart"},
+    {"quickstart", "train"},
     {"trainer"},
     {"config", "teacher", "collator"},
     {"metrics"},

@@ -1,0 +1,207 @@
+"""The command line, on real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, dataset, lora, tiny_llama, trainer
+from datasets import DatasetDict
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from trl_rlsd import cli
+from trl_rlsd.train import load_splits, main, make_parser
+
+
+ROOT = Path(__file__).parent.parent
+FAST = {
+    "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
+    "max_steps": 2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A user's folder: model, data as a file, a module with a reward and a dataset function, a config file."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    dataset().to_json(tmp_path / "data.jsonl")
+    dataset().to_parquet(tmp_path / "data.parquet")
+    (tmp_path / "mine.py").write_text(
+        "from datasets import Dataset\n"
+        "def reward(completions, **columns):\n"
+        "    return [float(len(set(text)) % 5) for text in completions]\n"
+        "def data():\n"
+        "    return Dataset.from_dict({'prompt': ['a', 'b'], 'privileged_context': ['c', 'd']})\n"
+        "def wrong():\n"
+        "    return 3\n"
+    )
+    lines = {
+        "model_name_or_path": str(tmp_path / "model"), "dataset_name": "data.jsonl", "reward_funcs": ["mine.reward"],
+        "output_dir": "out", "use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", **FAST,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(lines))  # JSON is YAML
+    return tmp_path
+
+
+def command(project, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "trl_rlsd", *arguments], cwd=project, env=env, capture_output=True, text=True
+    )
+
+
+def test_train_runs_a_config_file_through_the_launcher(project):
+    done = command(project, "train", "--config", "run.yaml", "--rlsd_lambda", "0.3", "--accelerate_config", "single_gpu",
+                   "--cpu", "--mixed_precision", "no")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'rlsd/lambda': '0.3'" in done.stdout or "'rlsd/lambda'" in done.stdout
+    loaded = PeftModel.from_pretrained(tiny_llama(), project / "out")
+    assert list(loaded.peft_config) == ["default"]
+    saved = load_file(project / "out" / "adapter_model.safetensors")
+    assert any(bool((tensor != 0).any()) for name, tensor in saved.items() if "lora_B" in name), "nothing was trained"
+
+
+def test_a_mistake_in_the_config_is_told_with_its_field(project):
+    done = command(project, "train", "--config", "run.yaml", "--rlsd_lambda", "3")
+    assert done.returncode != 0
+    assert "rlsd_lambda=3.0 is out of range; it must be in [0, 1]" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "mine.data"])
+def test_data_comes_from_files_and_functions(project, monkeypatch, name):
+    monkeypatch.chdir(project)
+    main(["--config", "run.yaml", "--dataset_name", name, "--max_steps", "1"])
+    assert (project / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_every_field_of_the_config_is_a_flag():
+    actions = {action.dest for action in make_parser()._actions}
+    from trl_rlsd import RLSDConfig
+
+    assert {name for name, f in RLSDConfig.__dataclass_fields__.items() if f.init} <= actions
+
+
+@pytest.mark.parametrize(
+    "options, error, said",
+    [
+        (["--dataset_name", "absent.jsonl"], ValueError, "there is no such file"),
+        (["--dataset_name", "mine.absent"], ValueError, "dotted path of a function"),
+        (["--dataset_name", "mine.wrong"], TypeError, "returned int"),
+        (["--dataset_train_split", "test"], ValueError, "dataset_train_split='test' is not a split.*it has train"),
+        (["--reward_funcs", "mine.absent"], ValueError, "reward 'mine.absent' cannot be loaded"),
+        (["--reward_funcs", "absent"], ValueError, "neither a registered reward.*reasoning_gym_reward"),
+        (["--privileged_column", "answer"], ValueError, "no column 'answer'"),
+    ],
+)
+def test_bad_input_is_named_before_training(project, monkeypatch, options, error, said):
+    monkeypatch.chdir(project)
+    with pytest.raises(error, match=said):
+        main(["--config", "run.yaml", *options])
+
+
+def test_splits_of_a_function_keep_their_names(monkeypatch, tmp_path):
+    (tmp_path / "splits_module.py").write_text("def both():\n    return {'train': 1, 'test': 2}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_splits("splits_module.both") == {"train": 1, "test": 2}
+    assert not isinstance(load_splits("splits_module.both"), DatasetDict)
+
+
+def test_resume_from_the_newest_checkpoint(project, monkeypatch):
+    monkeypatch.chdir(project)
+    saving = ["--config", "run.yaml", "--save_strategy", "steps", "--save_steps", "1"]
+    main([*saving, "--output_dir", "straight", "--max_steps", "3"])
+    main([*saving, "--max_steps", "2"])
+    main([*saving, "--max_steps", "3", "--resume_from_checkpoint", "true"])
+    first, second = (load_file(project / run / "adapter_model.safetensors") for run in ("straight", "out"))
+    # the learning rate's schedule depends on max_steps, so the second run's first steps differ: only the form is equal
+    assert first.keys() == second.keys()
+    assert (project / "out" / "checkpoint-3" / "rlsd_teacher.safetensors").is_file()
+
+
+def test_help_and_version_answer(capsys):
+    for arguments in (["--help"], ["quickstart", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+    assert "trl-rlsd 0.1.0" in capsys.readouterr().out
+
+
+def test_quickstart_runs_on_any_model(tmp_path):
+    """The whole quickstart on the tiny model, for two steps: files, reload, report. Whether a reward rises on the real
+    model is shown by running it, not here."""
+    quickstart = pytest.importorskip("trl_rlsd.quickstart")
+    pytest.importorskip("reasoning_gym")
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    summary = quickstart.run(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), steps=2)
+    assert summary["held_out"] == 48
+    out = tmp_path / "out"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all("rlsd/lambda" in line for line in lines)
+    assert (out / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_plain_text_models_get_plain_text_prompts(tmp_path):
+    quickstart = pytest.importorskip("trl_rlsd.quickstart")
+    pytest.importorskip("reasoning_gym")
+    rows = quickstart.reasoning_gym_dataset(size=2, seed=0, **quickstart.TASK)
+    assert isinstance(quickstart._render_for(byte_tokenizer(None), rows)[0]["prompt"], str)
+    no_system = byte_tokenizer(
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    assert [m["role"] for m in quickstart._render_for(no_system, rows)[0]["prompt"]] == ["user"]
+    assert [m["role"] for m in quickstart._render_for(byte_tokenizer(), rows)[0]["prompt"]] == ["system", "user"]
+
+
+def test_two_processes_log_the_means_of_all_rows(tmp_path):
+    """Metrics over ranks are sums over counts, not means of means; and both ranks end with the same weights."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from conftest import *\n"
+        "import torch.distributed as dist\n"
+        "def reward(completions, **k):\n"
+        "    return [float(i % 4) for i in range(len(completions))] if dist.get_rank() == 0 else "
+        "[0.0, 1.0, 2.0, 3.0, *[1.0] * (len(completions) - 4)]\n"
+        "t = trainer('out', peft_config=lora(), reward=reward, per_device_train_batch_size=8, max_steps=2)\n"
+        "seen = []\n"
+        "original = t._token_credit\n"
+        "def spy(inputs, logps):\n"
+        "    gains = (inputs['teacher_logps'] - logps).double()\n"
+        "    mask = (inputs['completion_mask'] * inputs['teacher_scored'].unsqueeze(1)).bool()\n"
+        "    seen.append([gains[mask].sum().item(), mask.sum().item()])\n"
+        "    return original(inputs, logps)\n"
+        "t._token_credit = spy\n"
+        "t.train()\n"
+        "w = torch.cat([p.detach().flatten() for p in t.model.parameters() if p.requires_grad])\n"
+        "torch.save({'seen': seen, 'weights': w, 'logs': t.state.log_history}, f'rank{dist.get_rank()}.pt')\n"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    for step in range(2):
+        totals = [sum(rank["seen"][step][k] for rank in ranks) for k in range(2)]
+        assert ranks[0]["seen"][step][1] != ranks[1]["seen"][step][1], "equal counts would hide a mean of means"
+        assert ranks[0]["logs"][step]["rlsd/gain_mean"] == pytest.approx(totals[0] / totals[1], rel=1e-5)
+        assert ranks[0]["logs"][step]["rlsd/skipped"] == 0.25
+
+
+def test_lora_and_trainer_helpers_are_what_the_readme_shows(tmp_path):
+    built = trainer(tmp_path, peft_config=lora(), max_steps=1)
+    built.train()
+    assert built.state.global_step == 1

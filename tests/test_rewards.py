@@ -1,0 +1,84 @@
+"""Rewards and data of the quickstart, against reasoning-gym itself."""
+
+import json
+
+import pytest
+
+from trl_rlsd.rewards import REWARDS, get_reward
+
+
+pytest.importorskip("reasoning_gym")
+
+from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset  # noqa: E402
+from trl_rlsd.rewards.reasoning_gym import extract_answer, reasoning_gym_reward  # noqa: E402
+
+
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def test_problems_are_distinct_and_the_same_for_the_same_seed():
+    rows = reasoning_gym_dataset("chain_sum", 100, seed=3, **SUMS)
+    questions = [row["prompt"][-1]["content"] for row in rows]
+    assert len(set(questions)) == 100
+    again = reasoning_gym_dataset("chain_sum", 100, seed=3, **SUMS)
+    assert [row["prompt"][-1]["content"] for row in again] == questions
+    other = reasoning_gym_dataset("chain_sum", 100, seed=4, **SUMS)
+    assert [row["prompt"][-1]["content"] for row in other] != questions
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic", "number_sorting", "spell_backward", "leg_counting"])
+def test_the_privileged_answer_earns_the_full_reward_and_nonsense_does_not(name):
+    rows = reasoning_gym_dataset(name, 4, seed=0, system_prompt="Be brief.")
+    assert rows[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
+    answers, problems = rows["privileged_context"], rows["reasoning_gym"]
+    for wrap in ("{}", "Let me think.\n<answer>{}</answer>"):
+        texts = [wrap.format(answer) for answer in answers]
+        assert reasoning_gym_reward(None, texts, reasoning_gym=problems) == [1.0] * 4
+        chats = [[{"role": "assistant", "content": text}] for text in texts]
+        assert reasoning_gym_reward(None, chats, reasoning_gym=problems) == [1.0] * 4
+    assert max(reasoning_gym_reward(None, ["no idea"] * 4, reasoning_gym=problems)) < 1
+
+
+def test_rows_of_another_task_are_left_to_other_rewards():
+    problem = reasoning_gym_dataset("chain_sum", 1, **SUMS)[0]
+    scores = reasoning_gym_reward(None, [problem["privileged_context"], "x"], reasoning_gym=[problem["reasoning_gym"], None])
+    assert scores == [1.0, None]
+    assert json.loads(problem["reasoning_gym"])["metadata"]["source_dataset"] == "chain_sum"
+
+
+@pytest.mark.parametrize(
+    "text, reference, answer",
+    [
+        ("3 + 4 = 7", "7", "7"),
+        ("it is -3.", "-3", "-3"),
+        ("1,024 apples", "1024", "1,024"),
+        ("no number", "7", None),
+        ("<answer> 5 </answer> or 6", "5", "5"),
+        (" cba ", "cba", "cba"),
+        ("", "cba", None),
+    ],
+)
+def test_what_is_read_as_the_answer(text, reference, answer):
+    assert extract_answer(text, reference) == answer
+
+
+@pytest.mark.parametrize(
+    "name, size, options, said",
+    [
+        ("nonesuch", 4, {}, "cannot make 'nonesuch'"),
+        ("chain_sum", 4, {"digits": 3}, "cannot make 'chain_sum'.*digits"),
+        ("chain_sum", 300, SUMS, "gave 200 distinct problems.*fewer than size=300"),
+    ],
+)
+def test_what_reasoning_gym_cannot_make_is_named(name, size, options, said):
+    with pytest.raises(ValueError, match=said):
+        reasoning_gym_dataset(name, size, **options)
+
+
+def test_rewards_are_found_by_name_and_path():
+    assert get_reward("reasoning_gym_reward") is reasoning_gym_reward
+    assert all(callable(get_reward(name)) for name in REWARDS)
+    assert get_reward("json.dumps") is json.dumps
+    for name in ("nonesuch", "json.nonesuch", "no_such_module.f"):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            get_reward(name)

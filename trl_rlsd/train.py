@@ -1,0 +1,132 @@
+"""The training script behind `trl-rlsd train`: a config file and flags in, a trained model out.
+
+`accelerate launch -m trl_rlsd.train --config FILE` is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from trl_rlsd.config import RLSDConfig
+from trl_rlsd.rewards import REWARDS, get_reward
+
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+@dataclass
+class RLSDScriptArguments(ScriptArguments):
+    """What a run needs besides the trainer's and the model's own fields."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The data: a dataset on the Hub, a .json, .jsonl, .parquet or .csv file (wildcards allowed), or the "
+            "dotted path of a Python function that returns a dataset or a dictionary of splits."
+        },
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Rewards, summed: registered names ({', '.join(REWARDS)}) or dotted paths such as "
+            "'my_package.rewards.my_reward'."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model of teacher_model_kind='external'."}
+    )
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    """The parser of every field of the script, of RLSDConfig and of TRL's ModelConfig."""
+    return TrlParser((RLSDScriptArguments, RLSDConfig, ModelConfig), prog=prog)
+
+
+def load_splits(name: str | None, config: str | None = None, streaming: bool = False) -> dict:
+    """Splits by name, from the Hub, files, or a function; see `RLSDScriptArguments.dataset_name`.
+
+    Raises:
+        ValueError: nothing is there under this name; the message says what was tried.
+    """
+    if not name:
+        raise ValueError("dataset_name is not set. Give a Hub dataset, a file, or the dotted path of a function.")
+    suffix = Path(name).suffix.lower()
+    if suffix in _FORMATS:
+        if not any(character in name for character in "*?[") and not Path(name).is_file():
+            raise ValueError(f"dataset_name={name!r}: there is no such file (looked from {os.getcwd()}).")
+        return load_dataset(_FORMATS[suffix], data_files=name, streaming=streaming)
+    if _DOTTED.fullmatch(name):
+        module, _, function = name.rpartition(".")
+        try:
+            splits = getattr(import_module(module), function)()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"dataset_name={name!r} was read as the dotted path of a function: {error}.") from error
+        if isinstance(splits, Dataset | IterableDataset):
+            return {"train": splits}
+        if not isinstance(splits, dict):
+            raise TypeError(f"dataset_name={name!r} returned {type(splits).__name__}, not a dataset or a dictionary.")
+        return splits
+    return load_dataset(name, name=config, streaming=streaming)
+
+
+def _split(splits: dict | DatasetDict, name: str, field_name: str):
+    if name not in splits:
+        raise ValueError(f"{field_name}={name!r} is not a split of the dataset; it has {', '.join(splits)}.")
+    return splits[name]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, train, save; push to the Hub if asked to."""
+    sys.path.insert(0, os.getcwd())  # dotted paths may name modules beside the config
+    script, args, model = make_parser().parse_args_and_config(argv)
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
+    if not script.reward_funcs:
+        raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
+    rewards = [get_reward(name) for name in script.reward_funcs]
+    splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    train_dataset = _split(splits, script.dataset_train_split, "dataset_train_split")
+    eval_dataset = None
+    if args.eval_strategy != "no":
+        eval_dataset = _split(splits, script.dataset_test_split, "dataset_test_split")
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+    from trl_rlsd.trainer import RLSDTrainer
+
+    trainer = RLSDTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        teacher_model=script.teacher_model_name_or_path,
+    )
+    resume = args.resume_from_checkpoint
+    # `--resume_from_checkpoint true` takes the newest checkpoint of output_dir
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(args.output_dir)
+    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
