@@ -31,7 +31,11 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: tuple[str, 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", padding_side="left", chat_template=chat_template
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        padding_side="left",
+        chat_template=chat_template,
     )
 
 

@@ -14,7 +14,7 @@ LEVELS = [
     {"cli"},
     {"quickstart", "train"},
     {"trainer"},
-    {"config", "teacher", "collator"},
+    {"config", "teacher", "collator", "checks"},
     {"metrics"},
     {"credit", "rewards", "data"},
 ]
@@ -50,7 +50,9 @@ def test_imports_go_strictly_downward(path):
     level = next(i for i, rooms in enumerate(LEVELS) if room(path) in rooms)
     below = set().union(*LEVELS[level + 1 :])
     allowed = below | {room(path)} | {"__version__"}
-    assert {name for name in imports(path) if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()} <= allowed
+    assert {
+        name for name in imports(path) if (PACKAGE / name).exists() or (PACKAGE / f"{name}.py").exists()
+    } <= allowed
 
 
 def private_names(path: Path) -> set[str]:
@@ -75,7 +77,8 @@ def test_trls_private_names_stand_in_the_trainer_alone(path):
 
 @pytest.mark.parametrize("module", ["credit", "metrics", "collator"])
 def test_pure_rooms_need_torch_alone(module):
-    code = f"import sys, trl_rlsd.{module}; print([m for m in ('trl', 'transformers', 'datasets', 'peft') if m in sys.modules])"
+    heavy = ("trl", "transformers", "datasets", "peft")
+    code = f"import sys, trl_rlsd.{module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert out.stdout.strip() == "[]"
 
@@ -83,7 +86,7 @@ def test_pure_rooms_need_torch_alone(module):
 def test_rooms_stay_readable():
     for path in MODULES:
         tree = ast.parse(path.read_text())
-        assert len(path.read_text().splitlines()) <= 520, path
+        assert len(path.read_text().splitlines()) <= 420, path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, (path, node.name)

@@ -57,7 +57,12 @@ def test_content_parts_keep_their_order():
 
 def test_privileged_context_may_be_messages():
     one = {"privileged_context": [{"role": "assistant", "content": "4"}]}
-    two = {"privileged_context": [*one["privileged_context"], {"role": "user", "content": [{"type": "text", "text": "ok"}]}]}
+    two = {
+        "privileged_context": [
+            *one["privileged_context"],
+            {"role": "user", "content": [{"type": "text", "text": "ok"}]},
+        ]
+    }
     assert collator().context(one) == "4"
     assert collator().context(two) == "assistant: 4\n\nuser: ok"
 
@@ -131,9 +136,7 @@ def test_a_prompt_that_leaves_no_room_is_named():
 
 def test_teacher_and_student_share_template_tools_and_kwargs(tmp_path):
     """What RLSDTrainer makes of a row is TRL's own rendering of the privileged messages."""
-    built = trainer(
-        tmp_path, data=dataset(conversational=True), chat_template_kwargs={"no_think": True}, max_steps=1
-    )
+    built = trainer(tmp_path, data=dataset(conversational=True), chat_template_kwargs={"no_think": True}, max_steps=1)
     teacher_prompts, _ = built._collator.prompts([built.train_dataset[0]], [built.train_dataset[0]["prompt"]])
     ids = built._tokenize_prompts(teacher_prompts)[0][0]
     expected = "<|user|>" + DEFAULT_TEMPLATE.format(prompt="0 + 0 = ?", privileged_context="the answer is 0")

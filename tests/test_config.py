@@ -57,7 +57,11 @@ def test_what_means_something_is_taken(tmp_path, options):
 @pytest.mark.parametrize(
     "data, error, said",
     [
-        (dataset(column="answer"), ValueError, "no column 'privileged_context'.*'prompt', 'answer'.*privileged_column"),
+        (
+            dataset(column="answer"),
+            ValueError,
+            "no column 'privileged_context'.*'prompt', 'answer'.*privileged_column",
+        ),
         (Dataset.from_dict({"prompt": ["p"], "privileged_context": [4]}), TypeError, "'privileged_context'.*int64"),
         (None, ValueError, "train_dataset is None"),
     ],
@@ -88,7 +92,7 @@ def test_external_needs_a_model_and_no_other_kind_takes_one(tmp_path):
         trainer(tmp_path, teacher_model_kind="external")
     with pytest.raises(ValueError, match="teacher_model was given, but teacher_model_kind='synced'"):
         trainer(tmp_path, teacher_model=tiny_llama())
-    with pytest.raises(ValueError, match="teacher_model was given.*uses no teacher"):
+    with pytest.raises(ValueError, match=r"teacher_model was given.*uses no teacher"):
         trainer(tmp_path, teacher_model=tiny_llama(), teacher_model_kind="external", credit="grpo")
 
 
@@ -112,7 +116,7 @@ def test_the_student_is_not_its_own_external_teacher(tmp_path):
     "options, said", [({"bias": "all"}, "bias='all'"), ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'")]
 )
 def test_base_is_refused_where_disabling_the_adapter_does_not_give_the_base_model(tmp_path, options, said):
-    with pytest.raises(ValueError, match=f"teacher_model_kind='base'.*{said}"):
+    with pytest.raises(ValueError, match=rf"teacher_model_kind=.base..*{said}"):
         trainer(tmp_path, peft_config=lora(**options), teacher_model_kind="base")
 
 

@@ -29,9 +29,7 @@ def batches(draw):
     return advantages, student.to(dtype), teacher.to(dtype), mask
 
 
-knobs = st.fixed_dictionaries(
-    {"lam": st.floats(0, 1), "clip_range": st.floats(0, 5), "negative_only": st.booleans()}
-)
+knobs = st.fixed_dictionaries({"lam": st.floats(0, 1), "clip_range": st.floats(0, 5), "negative_only": st.booleans()})
 
 
 @given(batches(), st.sampled_from(NAMES))
@@ -138,9 +136,7 @@ def test_same_log_probs_mean_no_gain(batch):
     assert torch.equal(gain(student, student, mask), torch.zeros(mask.shape, dtype=gain(student, student, mask).dtype))
 
 
-@given(
-    st.floats(0, 1), st.integers(0, 50), st.integers(0, 50), st.integers(0, 200)
-)
+@given(st.floats(0, 1), st.integers(0, 50), st.integers(0, 50), st.integers(0, 200))
 def test_lambda_stays_between_zero_and_its_peak(peak, warmup, decay, step):
     assert 0 <= lambda_at(step, peak=peak, warmup_steps=warmup, decay_steps=decay) <= peak
 

@@ -35,7 +35,11 @@ def test_what_is_masked_counts_nowhere(poison):
     advantages, student, teacher, mask = batch(3)
     clean = credit_metrics(advantages, student, teacher, mask, clip_range=0.2)
     dirty = credit_metrics(
-        advantages, student.masked_fill(mask == 0, poison), teacher.masked_fill(mask == 0, poison), mask, clip_range=0.2
+        advantages,
+        student.masked_fill(mask == 0, poison),
+        teacher.masked_fill(mask == 0, poison),
+        mask,
+        clip_range=0.2,
     )
     assert all(clean[name][0] == dirty[name][0] and clean[name][1] == dirty[name][1] for name in TOKEN_METRICS)
     empty = credit_metrics(advantages, student, teacher, torch.zeros_like(mask), clip_range=0.2)

@@ -1,6 +1,7 @@
 """Checkpoints: a resumed run is the uninterrupted one, and the student's files are the student's alone."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_the_teachers_state_is_what_makes_the_difference(tmp_path):
 def test_a_synced_teacher_is_renewed_at_its_steps(tmp_path):
     build(tmp_path, "synced", True).train()
     files = [load_file(tmp_path / f"checkpoint-{step}" / "rlsd_teacher.safetensors") for step in range(1, STEPS + 1)]
-    renewed = [differs(a, b) for a, b in zip(files, files[1:], strict=False)]
+    renewed = [differs(a, b) for a, b in pairwise(files)]
     assert renewed == [True, False, True, False]  # between steps 1-2, 2-3, 3-4, 4-5
 
 

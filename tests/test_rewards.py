@@ -9,8 +9,8 @@ from trl_rlsd.rewards import REWARDS, get_reward
 
 pytest.importorskip("reasoning_gym")
 
-from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset  # noqa: E402
-from trl_rlsd.rewards.reasoning_gym import extract_answer, reasoning_gym_reward  # noqa: E402
+from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset
+from trl_rlsd.rewards.reasoning_gym import extract_answer, reasoning_gym_reward
 
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -41,7 +41,9 @@ def test_the_privileged_answer_earns_the_full_reward_and_nonsense_does_not(name)
 
 def test_rows_of_another_task_are_left_to_other_rewards():
     problem = reasoning_gym_dataset("chain_sum", 1, **SUMS)[0]
-    scores = reasoning_gym_reward(None, [problem["privileged_context"], "x"], reasoning_gym=[problem["reasoning_gym"], None])
+    scores = reasoning_gym_reward(
+        None, [problem["privileged_context"], "x"], reasoning_gym=[problem["reasoning_gym"], None]
+    )
     assert scores == [1.0, None]
     assert json.loads(problem["reasoning_gym"])["metadata"]["source_dataset"] == "chain_sum"
 

@@ -1,4 +1,4 @@
-"""The laws of teacher weights: whose weights score, what memory they cost, and that the student gets everything back."""
+"""The laws of teacher weights: whose weights score, what they cost, and that the student gets all back."""
 
 import pytest
 import torch

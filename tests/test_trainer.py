@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_same, byte_reward, byte_tokenizer, config, dataset, differs, lora, tiny_llama, trainer, weights
+from conftest import (
+    assert_same,
+    byte_reward,
+    byte_tokenizer,
+    config,
+    dataset,
+    differs,
+    lora,
+    tiny_llama,
+    trainer,
+    weights,
+)
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -17,7 +28,9 @@ PEFT = pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
 
-def run(trainer_class, config_class, folder, *, model=None, peft_config=None, data=None, reward=byte_reward, **options):
+def run(
+    trainer_class, config_class, folder, *, model=None, peft_config=None, data=None, reward=byte_reward, **options
+):
     """A user's script: the two names are all that differs between GRPO and RLSD."""
     defaults = dict(
         use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
@@ -45,9 +58,7 @@ def run(trainer_class, config_class, folder, *, model=None, peft_config=None, da
 def test_lambda_zero_gives_grpos_weights_bit_for_bit(tmp_path, peft, kind):
     peft_config = lora(lora_dropout=0.1) if peft else None
     grpo = run(GRPOTrainer, GRPOConfig, tmp_path, peft_config=peft_config)
-    rlsd = run(
-        RLSDTrainer, RLSDConfig, tmp_path, peft_config=peft_config, rlsd_lambda=0.0, teacher_model_kind=kind
-    )
+    rlsd = run(RLSDTrainer, RLSDConfig, tmp_path, peft_config=peft_config, rlsd_lambda=0.0, teacher_model_kind=kind)
     assert_same(weights(grpo.model), weights(rlsd.model))
 
 
@@ -231,9 +242,7 @@ def constant(completions, **kwargs):
 @PEFT
 @pytest.mark.parametrize("kind", [kind for kind in TEACHER_KINDS if kind != "external"])
 def test_the_teacher_costs_one_forward_a_micro_batch(tmp_path, peft, kind):
-    options = dict(
-        reward=varied, gradient_accumulation_steps=2, max_steps=3, peft_config=lora() if peft else None
-    )
+    options = dict(reward=varied, gradient_accumulation_steps=2, max_steps=3, peft_config=lora() if peft else None)
     grpo = forwards(trainer(tmp_path, credit="grpo", **options))
     assert grpo == 6  # one per micro-batch
     assert forwards(trainer(tmp_path, teacher_model_kind=kind, **options)) - grpo == 6
@@ -402,7 +411,9 @@ def test_several_and_async_rewards_evaluation_and_streams(tmp_path):
 
 
 def test_evaluation_needs_no_privileged_column_and_no_teacher(tmp_path):
-    built = trainer(tmp_path, eval_dataset=dataset(4).remove_columns("privileged_context"), per_device_eval_batch_size=4)
+    built = trainer(
+        tmp_path, eval_dataset=dataset(4).remove_columns("privileged_context"), per_device_eval_batch_size=4
+    )
     built._score_with_teacher = None  # would raise if it were called
     assert "eval_reward" in built.evaluate()
 
@@ -423,7 +434,7 @@ def test_a_users_credit_function_trains(tmp_path):
 
 
 def test_tools_are_masked_and_rendered_for_the_teacher(tmp_path):
-    """Covered without a tool-calling model: the teacher's prompt goes through TRL's own tokenization, tools included."""
+    """Without a tool-calling model: the teacher's prompt goes through TRL's own tokenization, tools included."""
     built = trainer(tmp_path, data=dataset(conversational=True))
 
     def multiply(a: int, b: int) -> int:
@@ -435,7 +446,9 @@ def test_tools_are_masked_and_rendered_for_the_teacher(tmp_path):
         """
         return a * b
 
-    built._tokenizer.chat_template = "{% for t in tools %}[{{ t['function']['name'] }}]{% endfor %}" + built._tokenizer.chat_template
+    built._tokenizer.chat_template = (
+        "{% for t in tools %}[{{ t['function']['name'] }}]{% endfor %}" + built._tokenizer.chat_template
+    )
     built.tools = [multiply]
     prompts, _ = built._collator.prompts([built.train_dataset[0]], [built.train_dataset[0]["prompt"]])
     rendered = built._tokenizer.decode(built._tokenize_prompts(prompts)[0][0])
@@ -477,7 +490,9 @@ def test_metrics_are_logged_with_the_values_of_their_definition(tmp_path):
         # tokens of both micro-batches in one mean, not the mean of two means
         batches = batches_of[2 * step : 2 * step + 2]
         counted = [b["completion_mask"].bool() for b in batches]
-        gains = torch.cat([(b["teacher_logps"] - b["student_logps"])[c] for b, c in zip(batches, counted, strict=True)])
+        gains = torch.cat(
+            [(b["teacher_logps"] - b["student_logps"])[c] for b, c in zip(batches, counted, strict=True)]
+        )
         signs = torch.cat(
             [b["advantages"].sign().unsqueeze(1).expand_as(c)[c] for b, c in zip(batches, counted, strict=True)]
         )

@@ -3,11 +3,13 @@
 The rooms, upper ones import lower ones only:
 
     cli        `trl-rlsd train | quickstart`
+    train      the training script: a config file and flags in, a trained model out
     quickstart a small, real run from nothing to a trained adapter
     trainer    RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
     config     RLSDConfig: fields and their ranges
     teacher    whose weights score: live, synced, ema, base, external
     collator   the privileged prompt that the teacher reads
+    checks     what is refused before anything is loaded or generated
     metrics    credit diagnostics
     credit     the maths: gain, token credit, the lambda schedule
     rewards    verifiable rewards, by name

@@ -9,7 +9,7 @@ again would change them (merges, special tokens), and with them the log-probs th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -117,30 +117,39 @@ class PrivilegedPromptCollator:
         teacher_prompts = [self.prompt(p, context) for p, context in zip(prompts, contexts, strict=True)]
         return teacher_prompts, [context is not None for context in contexts]
 
-    def check_rendered(self, context: str, student_text: str, teacher_text: str, roundtrip: Callable[[str], str]):
+    def first_and_longest(self, rows: Iterable[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+        """The indices of the first row with privileged context and of the one with most text (prompt and context);
+        None where no row has any. Raises what `context` raises, for whichever row is bad."""
+        first, longest, most = None, None, -1
+        for index, row in enumerate(rows):
+            context = self.context(row, index) if self.reads_context else ""
+            if context is None:
+                continue
+            first = index if first is None else first
+            size = len(context) + len(str(row["prompt"]))
+            if size > most:
+                longest, most = index, size
+        return first, longest
+
+    def check_rendered(self, context: str, student_text: str, teacher_text: str) -> None:
         """Refuse a teacher that cannot see the privileged text, and a student that can.
 
-        `roundtrip` encodes and decodes a text, so that what a tokenizer drops (case, unknown characters) is dropped
-        on both sides; white space is not compared, since chat templates trim it.
+        White space and case are not compared: chat templates trim, tokenizers fold.
 
         Raises:
             ValueError: naming the column and what to mend.
         """
-        needle, student, teacher = (_squeeze(text) for text in (roundtrip(context), student_text, teacher_text))
-        if (
-            needle
-            and teacher.count(needle) <= student.count(needle)
-            and not (len(needle) >= _DISTINCTIVE_CHARACTERS and needle in student)
-        ):
-            raise ValueError(
-                f"The text of {self.column!r} ({context!r:.80}) does not reach the teacher's prompt, which reads "
-                f"{teacher_text!r:.400}. The chat template drops or rewrites it: check `teacher_prompt_template` and "
-                "the tokenizer's chat template."
-            )
+        needle, student, teacher = (_squeeze(text) for text in (context, student_text, teacher_text))
         if len(needle) >= _DISTINCTIVE_CHARACTERS and needle in student:
             raise ValueError(
                 f"The text of {self.column!r} ({context!r:.80}) is in the student's prompt already, which reads "
                 f"{student_text!r:.400}. The student would be trained to copy it: remove it from `prompt`."
+            )
+        if needle and teacher.count(needle) <= student.count(needle):
+            raise ValueError(
+                f"The text of {self.column!r} ({context!r:.80}) does not reach the teacher's prompt, which reads "
+                f"{teacher_text!r:.400}. The chat template drops or rewrites it: check `teacher_prompt_template` and "
+                "the tokenizer's chat template."
             )
 
 

@@ -155,8 +155,8 @@ class RLSDConfig(GRPOConfig):
             why = f"which credit={self.credit!r} gives token by token with either sign"
             if self.loss_type == "vespo":
                 raise ValueError(
-                    f"loss_type='vespo' weighs a whole sequence by the sign of its advantage, {why}. Use a credit that "
-                    "keeps the sign ('rlsd', 'grpo') or another loss_type."
+                    f"loss_type='vespo' weighs a whole sequence by the sign of its advantage, {why}. Use a credit "
+                    "that keeps the sign ('rlsd', 'grpo') or another loss_type."
                 )
             if self.off_policy_mask_threshold is not None:
                 raise ValueError(

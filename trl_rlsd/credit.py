@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 
-# exp() of more than this, in either direction, is clamped: far outside any clip range that is of use, far inside float32
+# exp() of more than this is clamped, in either direction: outside any clip range that is of use, inside float32
 _MAX_EXPONENT = 60.0
 
 

@@ -1,10 +1,13 @@
-"""Credit diagnostics: tensors in, `{name: (sum, count)}` out. Pure functions; needs torch alone.
+"""Credit diagnostics: tensors in, `{name: (sum, count)}` out. Needs torch alone.
 
 Sums and counts, not means: a mean over micro-batches and ranks is then the sum of sums over the sum of counts, however
 unevenly the tokens are spread. A metric that nothing counted (count 0) has no value, rather than nan.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -37,8 +40,8 @@ def credit_metrics(
     - `gain_mean`: mean gain. Its expectation is -KL(student || teacher) <= 0 on fresh samples.
     - `kl`: the same divergence by the estimator exp(gain) - 1 - gain, which is never negative and less noisy; the
       exponent is clamped at 20, so one absurd token cannot drown the rest (http://joschu.net/blog/kl-approx.html, k3).
-    - `weight_mean_pos`, `weight_mean_neg`: mean clipped weight exp(sign(A) * gain) over tokens with A > 0, A < 0.
-    - `clip_low`, `clip_high`: share of tokens whose weight was clipped from below, from above, among those with A != 0.
+    - `weight_mean_pos`, `weight_mean_neg`: mean clipped weight over tokens with A > 0, with A < 0.
+    - `clip_low`, `clip_high`: share of the tokens with A != 0 whose weight was clipped from below, from above.
 
     With gain = 0 everywhere: 0, 0, 1, 1, 0, 0. Tokens with mask 0 count nowhere, even when they hold nan or inf.
 
@@ -63,3 +66,24 @@ def credit_metrics(
         name: (torch.where(where, value.float(), 0.0).sum(), where.sum().float())
         for name, (value, where) in values.items()
     }
+
+
+class MetricSums:
+    """The sums and counts since the last log. They stay on the device, so that adding waits for nothing."""
+
+    def __init__(self, device: torch.device):
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.totals = torch.zeros(len(METRICS), 2, device=device, dtype=dtype)
+
+    def add(self, values: Mapping[str, tuple[Any, Any]]) -> None:
+        """Add `{name: (sum, count)}`; the names are those of `METRICS`."""
+        for name, pair in values.items():
+            entry = self.totals[METRICS.index(name)]
+            for position, value in enumerate(pair):
+                entry[position] += value
+
+    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means by name; then starts anew. `reduce` sums a tensor over all ranks, so every rank must call this."""
+        totals = reduce(self.totals.clone()).tolist()
+        self.totals.zero_()
+        return {name: value / count for name, (value, count) in zip(METRICS, totals, strict=True) if count > 0}

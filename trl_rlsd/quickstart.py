@@ -41,7 +41,11 @@ COMPLETION_TOKENS = 16
 
 
 def run(
-    model: str | None = None, output_dir: str = "quickstart-output", steps: int = 24, seed: int = 1, credit: str = "rlsd"
+    model: str | None = None,
+    output_dir: str = "quickstart-output",
+    steps: int = 24,
+    seed: int = 1,
+    credit: str = "rlsd",
 ) -> dict[str, Any]:
     """Train, evaluate before and after on held-out problems, and write adapter, metrics and picture.
 
@@ -86,24 +90,25 @@ def run(
     )
     after = evaluate(reloaded, tokenizer, held_out)
     draw_reward(rewards, folder / "reward.png", f"{credit} on {Path(path).name}, seed {seed}")
+    summary = {"credit": credit, "seed": seed, "steps": steps, **_summary(rewards, before, after)}
+    summary["minutes"] = (time.perf_counter() - started) / 60
+    # Linux counts kilobytes
+    summary["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _report(summary, held_out, before, after, folder)
+    return summary
+
+
+def _summary(rewards: list[float], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     window = min(5, len(rewards))
-    summary = {
-        "credit": credit,
-        "seed": seed,
-        "steps": steps,
+    return {
         "reward_first": sum(rewards[:window]) / window,
         "reward_last": sum(rewards[-window:]) / window,
         "reward_window": window,
         "held_out": HELD_OUT,
         **{f"{name}_before": before[name] for name in ("greedy", "sampled")},
         **{f"{name}_after": after[name] for name in ("greedy", "sampled")},
-        "minutes": (time.perf_counter() - started) / 60,
-        # Linux counts kilobytes
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _report(summary, held_out, before, after, folder)
-    return summary
 
 
 def bundled_model() -> Path:
@@ -270,8 +275,8 @@ def _quieten() -> None:
 
 
 def _report(summary: dict[str, Any], held_out: Dataset, before: dict, after: dict, folder: Path) -> None:
-    window = summary["reward_window"]
-    print(f"\nReward: {summary['reward_first']:.2f} in the first {window} steps, {summary['reward_last']:.2f} in the last.")
+    window, first, last = (summary[f"reward_{name}"] for name in ("window", "first", "last"))
+    print(f"\nMean reward: {first:.2f} in the first {window} steps, {last:.2f} in the last {window}.")
     print(f"Accuracy on {HELD_OUT} held-out problems, before -> after:")
     for name in ("sampled", "greedy"):
         print(f"  {name:8} {summary[f'{name}_before']:.2f} -> {summary[f'{name}_after']:.2f}")
@@ -281,6 +286,8 @@ def _report(summary: dict[str, Any], held_out: Dataset, before: dict, after: dic
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         print(f"  {question.strip()}  (answer: {held_out[index]['privileged_context']})")
         print(f"    before: {before['texts'][index]!r}\n    after:  {after['texts'][index]!r}")
-    print(f"\nTook {summary['minutes']:.1f} minutes and {summary['peak_memory_gb']:.1f} GB of memory at most. Written:")
+    print(
+        f"\nTook {summary['minutes']:.1f} minutes and {summary['peak_memory_gb']:.1f} GB of memory at most. Written:"
+    )
     for name in ("adapter/", "metrics.jsonl", "reward.png", "summary.json"):
         print(f"  {folder / name}")

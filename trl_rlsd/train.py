@@ -30,7 +30,7 @@ class RLSDScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "The data: a dataset on the Hub, a .json, .jsonl, .parquet or .csv file (wildcards allowed), or the "
+            "help": "The data: a dataset on the Hub, a .json, .jsonl, .parquet or .csv file (wildcards work), or the "
             "dotted path of a Python function that returns a dataset or a dictionary of splits."
         },
     )

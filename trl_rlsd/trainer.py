@@ -30,10 +30,18 @@ from trl.data_utils import is_conversational
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
 
+from trl_rlsd.checks import (
+    check_column,
+    check_teacher_model,
+    check_vocabularies,
+    check_vocabulary_sizes,
+    dropout_warning,
+    sampler_warning,
+)
 from trl_rlsd.collator import PrivilegedPromptCollator, check_length, teacher_inputs
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import get_credit, lambda_at, token_advantages
-from trl_rlsd.metrics import METRICS, credit_metrics
+from trl_rlsd.metrics import MetricSums, credit_metrics
 from trl_rlsd.teacher import STATE_FILE, AdapterOffTeacher, CopyTeacher, TeacherCallback, build_teacher, scoring
 
 
@@ -80,7 +88,8 @@ class RLSDTrainer(GRPOTrainer):
         "citation": textwrap.dedent("""\
             @misc{yang2026selfdistilledrlvr,
                 title  = {{Self-Distilled RLVR}},
-                author = {Chenxu Yang and Chuanyu Qin and Qingyi Si and Minghui Chen and Naibin Gu and Dingyu Yao and Zheng Lin and Weiping Wang and Jiaqi Wang and Nan Duan},
+                author = {Chenxu Yang and Chuanyu Qin and Qingyi Si and Minghui Chen and Naibin Gu and Dingyu Yao and
+                          Zheng Lin and Weiping Wang and Jiaqi Wang and Nan Duan},
                 year   = 2026,
                 eprint = {arXiv:2604.03128},
             }"""),
@@ -90,6 +99,7 @@ class RLSDTrainer(GRPOTrainer):
     _rows: list[Mapping[str, Any]] | None = None
     _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
     _uncredited: dict[str, Any] | None = None
+    _prompts_shown = False
 
     def __init__(
         self,
@@ -114,16 +124,13 @@ class RLSDTrainer(GRPOTrainer):
             args.teacher_prompt_template, args.privileged_column, needs_context=args.teacher_model_kind != "external"
         )
         self._teacher_is_used = self._credit.teacher_rows != "none"
-        _check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
+        check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
         if self._teacher_is_used and self._collator.reads_context:
-            _check_column(train_dataset, args.privileged_column)
+            check_column(train_dataset, args.privileged_column)
 
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
-        # sums and counts of the rlsd/* metrics since the last log, on the device: no synchronisation per micro-batch
-        device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._credit_totals = torch.zeros(len(METRICS), 2, device=device, dtype=dtype)
+        self._credit_metrics = MetricSums(self.accelerator.device)
         if not self._teacher_is_used:
             return
         self._check_setup()
@@ -155,25 +162,9 @@ class RLSDTrainer(GRPOTrainer):
                 "processing_class has no chat template, but the dataset's prompts are conversational. Set "
                 "`tokenizer.chat_template`, or give plain-text prompts."
             )
-        dropout = [n for n, m in self.model.named_modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-        if dropout:
-            logger.warning(
-                f"The student trains with dropout ({len(dropout)} modules, e.g. {dropout[0]}), the teacher scores "
-                "without: the gain then holds the student's dropout noise. Set `disable_dropout=True` in RLSDConfig "
-                "(or `lora_dropout=0`)."
-            )
-        sampling = {
-            "top_p": (self.top_p, (None, 1.0)),
-            "top_k": (self.top_k, (None, 0, -1)),
-            "min_p": (self.min_p, (None, 0.0)),
-            "repetition_penalty": (self.repetition_penalty, (None, 1.0)),
-        }
-        odd = [f"{name}={value}" for name, (value, neutral) in sampling.items() if value not in neutral]
-        if odd:
-            logger.warning(
-                f"Completions are sampled with {', '.join(odd)}, but the gain compares the plain distributions of "
-                "teacher and student. The tokens are then not samples of the student that is compared."
-            )
+        for warning in (dropout_warning(self.model), sampler_warning(self.args)):
+            if warning:
+                logger.warning(warning)
 
     def _check_teacher(self) -> None:
         sharded = self.is_fsdp_enabled or (
@@ -195,12 +186,7 @@ class RLSDTrainer(GRPOTrainer):
     def _prepare_external(self, teacher_model: str | PreTrainedModel) -> PreTrainedModel:
         if isinstance(teacher_model, str):
             tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=self.args.trust_remote_code)
-            if tokenizer.get_vocab() != self._tokenizer.get_vocab():
-                raise ValueError(
-                    f"teacher_model={teacher_model!r} has another vocabulary ({len(tokenizer)} tokens) than the "
-                    f"student ({len(self._tokenizer)}): log-probs of the same token ids would mean other tokens. Use "
-                    "a teacher of the student's model family."
-                )
+            check_vocabularies(self._tokenizer.get_vocab(), tokenizer.get_vocab())
             teacher_model = create_model_from_path(
                 teacher_model,
                 dtype=self.model.dtype,
@@ -211,13 +197,8 @@ class RLSDTrainer(GRPOTrainer):
             raise ValueError(
                 "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
             )
-        size = teacher_model.config.get_text_config().vocab_size
-        own = self.model.config.get_text_config().vocab_size
-        if size != own and size < len(self._tokenizer):
-            raise ValueError(
-                f"teacher_model has a vocabulary of {size} tokens, the student one of {own}: log-probs of the same "
-                "token ids would mean other tokens. Use a teacher of the student's model family."
-            )
+        sizes = [m.config.get_text_config().vocab_size for m in (self.model, teacher_model)]
+        check_vocabulary_sizes(*sizes, tokens=len(self._tokenizer))
         add_fused_lm_head(
             teacher_model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
         )
@@ -228,50 +209,33 @@ class RLSDTrainer(GRPOTrainer):
         return self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
 
     def train(self, *args, **kwargs):
-        if self._teacher_is_used and isinstance(self.train_dataset, Dataset):
-            self._check_prompts(self.train_dataset)
+        if self._teacher_is_used and isinstance(self.train_dataset, Dataset) and self.environment_factories is None:
+            self._check_dataset(self.train_dataset)
         return super().train(*args, **kwargs)
 
-    def _check_prompts(self, dataset: Dataset) -> None:
+    def _check_dataset(self, dataset: Dataset) -> None:
         """The self-check at the start: the first row with privileged context is rendered and shown, and the row with
         most text must fit into the model."""
-        if self.environment_factories is not None:  # the prompts are the environments'; `_generate` checks lengths
-            return
-        first, longest, most = None, 0, -1
         rows = dataset.select_columns([c for c in ("prompt", self._collator.column) if c in dataset.column_names])
-        for index, row in enumerate(rows):
-            context = self._collator.context(row, index) if self._collator.reads_context else ""
-            if context is None:
-                continue
-            first = index if first is None else first
-            size = len(context) + len(str(row["prompt"]))
-            if size > most:
-                longest, most = index, size
+        first, longest = self._collator.first_and_longest(rows)
         if first is None:
             logger.warning(
                 f"No row of the dataset has privileged context in {self._collator.column!r}: every row will be "
                 "trained with plain GRPO credit."
             )
             return
-        teacher_prompts, _ = self._collator.prompts([rows[longest]], [rows[longest]["prompt"]])
-        lengths = [len(ids) for ids in self._tokenize_prompts(teacher_prompts)[0]]
-        check_length(lengths, self.max_completion_length, self._positions())
+        prompts, _ = self._collator.prompts([rows[longest]], [rows[longest]["prompt"]])
+        check_length([len(self._tokenize_prompts(prompts)[0][0])], self.max_completion_length, self._positions())
         self._show_prompts(rows[first])
 
     def _show_prompts(self, row: Mapping[str, Any]) -> None:
-        teacher_prompts, _ = self._collator.prompts([row], [row["prompt"]])
-        student, teacher = (
-            self._tokenizer.decode(self._tokenize_prompts(prompts)[0][0])
-            for prompts in ([row["prompt"]], teacher_prompts)
-        )
+        self._prompts_shown = True
+        prompts = [[row["prompt"]], self._collator.prompts([row], [row["prompt"]])[0]]
+        student, teacher = (self._tokenizer.decode(self._tokenize_prompts(prompt)[0][0]) for prompt in prompts)
         if self._collator.reads_context:
-            encode, decode = self._tokenizer.encode, self._tokenizer.decode
-            self._collator.check_rendered(
-                self._collator.context(row),
-                student,
-                teacher,
-                lambda text: decode(encode(text, add_special_tokens=False)),
-            )
+            # encoded and decoded like the prompts, so that what a tokenizer drops is dropped here too
+            context = self._tokenizer.encode(self._collator.context(row), add_special_tokens=False)
+            self._collator.check_rendered(self._tokenizer.decode(context), student, teacher)
         logger.info(f"The student reads:\n{student}\nThe teacher reads:\n{teacher}")
 
     def _positions(self) -> int | None:
@@ -299,7 +263,7 @@ class RLSDTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.model.training and self._teacher_is_used):
             return super()._generate_and_score_completions(inputs)
-        if self.state.global_step == 0 and not isinstance(self.train_dataset, Dataset):
+        if not self._prompts_shown and self.environment_factories is None:
             self._check_stream(inputs)
         # lambda may be 0 now and positive when the batch's last slice is used
         wanted = not self._credit.uses_lambda or any(self._lambda(step) > 0 for step in self._steps_of_batch())
@@ -310,18 +274,16 @@ class RLSDTrainer(GRPOTrainer):
                 self._score_with_teacher(batch, *self._teacher_prompts)
             else:
                 rows = len(inputs)
-                self._count({"skipped": (rows, rows)})
+                self._credit_metrics.add({"skipped": (rows, rows)})
         finally:
             self._rows = self._teacher_prompts = None
         return batch
 
-    def _check_stream(self, inputs: list[dict[str, Any]]) -> None:
-        """The self-check of a dataset that cannot be looked at before: on the first batch that it gives."""
-        for index, row in enumerate(inputs):
-            if not self._collator.reads_context or self._collator.context(row, index) is not None:
-                if self.environment_factories is None:
-                    self._show_prompts(row)
-                return
+    def _check_stream(self, rows: list[dict[str, Any]]) -> None:
+        """The self-check of a dataset that could not be looked at before: on the first rows that it gives."""
+        first, _ = self._collator.first_and_longest(rows)
+        if first is not None:
+            self._show_prompts(rows[first])
 
     def _steps_of_batch(self) -> range:
         """The optimizer steps, from now on, in which slices of the batch that is generated now can be used."""
@@ -375,13 +337,17 @@ class RLSDTrainer(GRPOTrainer):
         batch["teacher_logps"], batch["teacher_scored"] = logps, scored
         rows = len(prompt_ids)
         without = rows - sum(has_context)
-        totals = {"no_context": (without, rows), "skipped": (rows - len(chosen), rows)}
-        self._count({**totals, "teacher_seconds": (time.perf_counter() - started, 1)})
+        if ids.device.type != "cpu":  # kernels are queued: without this the clock would time their launch
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - started
+        self._credit_metrics.add(
+            {"no_context": (without, rows), "skipped": (rows - len(chosen), rows), "teacher_seconds": (seconds, 1)}
+        )
 
     def _compute_loss(self, model, inputs):
         lam = self._lambda(self.state.global_step)
         if self._credit.uses_lambda and self.model.training:
-            self._count({"lambda": (lam, 1)})
+            self._credit_metrics.add({"lambda": (lam, 1)})
         # With lambda 0 the batch stays as GRPO made it, (B,) advantages included: the same run, bit for bit.
         if "teacher_logps" not in inputs or (self._credit.uses_lambda and lam == 0):
             return super()._compute_loss(model, inputs)
@@ -408,7 +374,7 @@ class RLSDTrainer(GRPOTrainer):
         scored = inputs["teacher_scored"]
         tensors = (inputs["advantages"], student_logps, inputs["teacher_logps"])
         clip_range = self.args.rlsd_reweight_clip_range
-        self._count(credit_metrics(*tensors, mask * scored.unsqueeze(1), clip_range=clip_range))
+        self._credit_metrics.add(credit_metrics(*tensors, mask * scored.unsqueeze(1), clip_range=clip_range))
         return token_advantages(
             self._credit,
             *tensors,
@@ -419,19 +385,10 @@ class RLSDTrainer(GRPOTrainer):
             negative_only=self.args.rlsd_negative_only,
         )
 
-    # ------------------------------------------------------------------ metrics
-
-    def _count(self, values: Mapping[str, tuple[Any, Any]]) -> None:
-        for name, pair in values.items():
-            entry = self._credit_totals[METRICS.index(name)]
-            for position, value in enumerate(pair):
-                entry[position] += value
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and self._teacher_is_used:
-            totals = self.accelerator.reduce(self._credit_totals, reduction="sum").tolist()
-            self._credit_totals.zero_()
-            logs.update({f"rlsd/{n}": s / c for n, (s, c) in zip(METRICS, totals, strict=True) if c > 0})
+            means = self._credit_metrics.means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
+            logs.update({f"rlsd/{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ checkpoints
@@ -455,40 +412,3 @@ class RLSDTrainer(GRPOTrainer):
                 "pass the folder as `model` instead of resuming."
             )
         logger.warning(f"{checkpoint} was saved without training state: the teacher starts from its weights.")
-
-
-def _check_teacher_model(kind: str, teacher_model: Any, used: bool) -> None:
-    if kind == "external" and teacher_model is None and used:
-        raise ValueError(
-            "teacher_model_kind='external' needs a model: pass `teacher_model=` to RLSDTrainer, or choose 'synced', "
-            "'live', 'ema' or 'base'."
-        )
-    if teacher_model is not None and (kind != "external" or not used):
-        raise ValueError(
-            f"teacher_model was given, but teacher_model_kind={kind!r}"
-            + ("" if used else " and the credit function uses no teacher")
-            + ". Set teacher_model_kind='external', or leave teacher_model out."
-        )
-
-
-def _check_column(dataset: Any, column: str) -> None:
-    """What a dataset tells of its columns before a row is read."""
-    if dataset is None:
-        raise ValueError(
-            f"train_dataset is None, so there is no column {column!r} (privileged_column) for the teacher. Give a "
-            "dataset with that column, or use credit='grpo'."
-        )
-    columns = getattr(dataset, "column_names", None)
-    if columns is not None and column not in columns:
-        raise ValueError(
-            f"train_dataset has no column {column!r} (privileged_column); its columns are "
-            f"{', '.join(map(repr, columns))}. Add the column (None or '' for rows without privileged context), set "
-            "`privileged_column` to the one that holds it, or use credit='grpo'."
-        )
-    feature = (getattr(dataset, "features", None) or {}).get(column)
-    kind = getattr(feature, "dtype", None)
-    if isinstance(kind, str) and kind not in ("string", "large_string", "string_view", "null", "list", "dict"):
-        raise TypeError(
-            f"Column {column!r} (privileged_column) of train_dataset is of type {kind}; it must be a string or a list "
-            f"of messages. Convert it: dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}})."
-        )

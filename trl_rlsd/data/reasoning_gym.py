@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym (https://github.com/open-thought/reasoning-gym) with their answers as privileged context."""
+"""Problems of reasoning-gym (https://github.com/open-thought/reasoning-gym), their answers as privileged context."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ def get_reward(name: str) -> Callable[..., list[float | None]]:
     try:
         reward = getattr(import_module(module), function) if module else None
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"The reward {name!r} cannot be loaded: {error}. Install what it needs, or mend the path.") from error
+        raise ValueError(
+            f"The reward {name!r} cannot be loaded: {error}. Install what it needs, or mend the path."
+        ) from error
     if not callable(reward):
         raise ValueError(
             f"{name!r} is neither a registered reward ({', '.join(REWARDS)}) nor the dotted path of a function, such "

@@ -1,0 +1,94 @@
+"""What is refused, and what is warned of, before anything is loaded or generated. Every message names field, value
+and fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+_TEXT_OR_MESSAGES = ("string", "large_string", "string_view", "null", "list", "dict")
+
+
+def check_teacher_model(kind: str, teacher_model: Any, used: bool) -> None:
+    """`teacher_model` goes with `teacher_model_kind='external'`, and with no other.
+
+    Raises: ValueError.
+    """
+    if kind == "external" and teacher_model is None and used:
+        raise ValueError(
+            "teacher_model_kind='external' needs a model: pass `teacher_model=` to RLSDTrainer, or choose 'synced', "
+            "'live', 'ema' or 'base'."
+        )
+    if teacher_model is not None and (kind != "external" or not used):
+        reason = f"teacher_model_kind={kind!r}" if used else "the credit function uses no teacher"
+        raise ValueError(
+            f"teacher_model was given, but {reason}. Set teacher_model_kind='external', or leave teacher_model out."
+        )
+
+
+def check_column(dataset: Any, column: str) -> None:
+    """What a dataset tells of its privileged column before a row is read.
+
+    Raises: ValueError where it is missing, TypeError where it holds numbers or the like.
+    """
+    if dataset is None:
+        raise ValueError(
+            f"train_dataset is None, so there is no column {column!r} (privileged_column) for the teacher. Give a "
+            "dataset with that column, or use credit='grpo'."
+        )
+    columns = getattr(dataset, "column_names", None)  # None for a stream that has not been looked at
+    if columns is not None and column not in columns:
+        raise ValueError(
+            f"train_dataset has no column {column!r} (privileged_column); its columns are "
+            f"{', '.join(map(repr, columns))}. Add the column (None or '' for rows without privileged context), set "
+            "`privileged_column` to the one that holds it, or use credit='grpo'."
+        )
+    kind = getattr((getattr(dataset, "features", None) or {}).get(column), "dtype", None)
+    if isinstance(kind, str) and kind not in _TEXT_OR_MESSAGES:
+        raise TypeError(
+            f"Column {column!r} (privileged_column) of train_dataset is of type {kind}; it must be a string or a list "
+            f"of messages. Convert it: dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}})."
+        )
+
+
+def check_vocabularies(student: dict[str, int], teacher: dict[str, int]) -> None:
+    """A teacher that numbers its tokens otherwise would score other tokens. Raises: ValueError."""
+    if student != teacher:
+        raise ValueError(
+            f"teacher_model has another vocabulary ({len(teacher)} tokens) than the student ({len(student)}): "
+            "log-probs of the same token ids would mean other tokens. Use a teacher of the student's model family."
+        )
+
+
+def check_vocabulary_sizes(student: int, teacher: int, tokens: int) -> None:
+    """The heads may be padded to different sizes, but both must cover the tokenizer. Raises: ValueError."""
+    if student != teacher and teacher < tokens:
+        raise ValueError(
+            f"teacher_model has a vocabulary of {teacher} tokens, the student one of {student}: log-probs of the same "
+            "token ids would mean other tokens. Use a teacher of the student's model family."
+        )
+
+
+def dropout_warning(model: nn.Module) -> str | None:
+    """Teacher and student are the same function only without dropout."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if not names:
+        return None
+    return (
+        f"The student trains with dropout ({len(names)} modules, e.g. {names[0]}), the teacher scores without: the "
+        "gain then holds the student's dropout noise. Set `disable_dropout=True` in RLSDConfig (or `lora_dropout=0`)."
+    )
+
+
+def sampler_warning(args: Any) -> str | None:
+    """The gain compares plain distributions; a reshaped sampler draws tokens from another one."""
+    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
+    odd = [f"{name}={getattr(args, name)}" for name, values in neutral.items() if getattr(args, name) not in values]
+    if not odd:
+        return None
+    return (
+        f"Completions are sampled with {', '.join(odd)}, but the gain compares the plain distributions of teacher and "
+        "student. The tokens are then not samples of the student that is compared."
+    )
