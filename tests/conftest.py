@@ -23,16 +23,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: tuple[str, ...] = (), first: str = "<pad>"):
     """One token a byte, and the special tokens: every text survives encoding and decoding."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", *alphabet, *extra])}
+    vocabulary = {token: i for i, token in enumerate([first, "</s>", *alphabet, *extra])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token=first,
         eos_token="</s>",
         padding_side="left",
         chat_template=chat_template,

@@ -3,6 +3,7 @@
 import pytest
 from conftest import byte_tokenizer, config, dataset, lora, tiny_llama, trainer
 from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from trl import GRPOConfig
 
 from trl_rlsd import RLSDConfig, RLSDTrainer
@@ -97,13 +98,23 @@ def test_external_needs_a_model_and_no_other_kind_takes_one(tmp_path):
 
 
 def test_teachers_of_another_vocabulary_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocabulary of 100 tokens, the student one of 258"):
-        trainer(tmp_path, teacher_model=tiny_llama(vocab_size=100), teacher_model_kind="external")
+    with pytest.raises(ValueError, match="vocabulary of 300 tokens, the student one of 258"):
+        trainer(tmp_path, teacher_model=tiny_llama(vocab_size=300), teacher_model_kind="external")
+    # the same size says nothing: the tokens are compared
     folder = tmp_path / "teacher"
-    tiny_llama(vocab_size=259).save_pretrained(folder)
+    other = byte_tokenizer(first="<padding>")
+    tiny_llama().save_pretrained(folder)
+    other.save_pretrained(folder)
+    for teacher in (str(folder), LlamaForCausalLM.from_pretrained(folder)):
+        with pytest.raises(ValueError, match=r"another vocabulary \(258 tokens\) than the student \(258\).*'<pad>'"):
+            trainer(tmp_path, teacher_model=teacher, teacher_model_kind="external")
+
+
+def test_a_teacher_may_know_more_tokens(tmp_path):
+    folder = tmp_path / "teacher"
+    tiny_llama(vocab_size=320).save_pretrained(folder)
     byte_tokenizer(extra=("new",)).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"another vocabulary \(259 tokens\) than the student \(258\)"):
-        trainer(tmp_path, teacher_model=str(folder), teacher_model_kind="external")
+    trainer(tmp_path, teacher_model=str(folder), teacher_model_kind="external", max_steps=1).train()
 
 
 def test_the_student_is_not_its_own_external_teacher(tmp_path):
@@ -136,3 +147,11 @@ def test_every_field_has_help():
         "teacher_prompt_template", "teacher_offload",
     }  # fmt: skip
     assert all(RLSDConfig.__dataclass_fields__[name].metadata["help"] for name in own)
+
+
+def test_models_that_learn_absolute_positions_are_warned_of(tmp_path, caplog):
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=258, n_embd=32, n_layer=1, n_head=2, n_positions=512, eos_token_id=1)
+    )
+    trainer(tmp_path, model=model)
+    assert "'gpt2' learn absolute positions" in caplog.text

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import assert_same, byte_tokenizer, dataset, differs, lora, tiny_llama, trainer, weights
+from peft import IA3Config, LNTuningConfig, PromptTuningConfig
 
 from trl_rlsd.teacher import CopyTeacher, build_teacher, scoring
 
@@ -88,6 +89,34 @@ def test_base_stays_the_model_that_training_started_from(peft):
         with teacher.weights(student) as model, scoring(model):
             # a fresh LoRA adds nothing, so the first logits are the base model's
             torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        lora(use_dora=True),
+        lora(modules_to_save=["norm"]),
+        IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+        LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=["dora", "modules_to_save", "ia3", "ln_tuning", "prompt_tuning"],
+)
+def test_base_and_synced_hold_for_other_peft_methods(tmp_path, peft_config):
+    ids = torch.arange(2, 12).unsqueeze(0)
+    with torch.no_grad():
+        untouched = tiny_llama().eval()(ids).logits
+    for kind in ("base", "synced"):
+        built = trainer(tmp_path, peft_config=peft_config, teacher_model_kind=kind, teacher_sync_steps=100)
+        with scoring(built.model):
+            start = built.model(ids).logits
+        built.train()
+        with built.teacher.weights(built.model) as model, scoring(model):
+            logits = model(ids).logits
+        expected = untouched if kind == "base" else start
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        with scoring(built.model):
+            assert not torch.allclose(built.model(ids).logits, start, atol=1e-4), "nothing was trained"
 
 
 @PEFT

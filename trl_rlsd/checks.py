@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 
 _TEXT_OR_MESSAGES = ("string", "large_string", "string_view", "null", "list", "dict")
@@ -53,22 +54,41 @@ def check_column(dataset: Any, column: str) -> None:
         )
 
 
-def check_vocabularies(student: dict[str, int], teacher: dict[str, int]) -> None:
-    """A teacher that numbers its tokens otherwise would score other tokens. Raises: ValueError."""
-    if student != teacher:
+def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, sizes: dict) -> None:
+    """Every token of the student must have the same id in the teacher; a teacher may know more, and heads may be
+    padded to different sizes. Without the teacher's tokenizer, only equal sizes are taken.
+
+    Args:
+        sizes: the sizes of the two heads, `{"student": ..., "teacher": ...}`.
+
+    Raises: ValueError.
+    """
+    consequence = (
+        "log-probs of the same token ids would mean other tokens. Use a teacher of the student's model family."
+    )
+    if teacher is not None:
+        known = teacher.get_vocab()
+        other = [token for token, index in student.get_vocab().items() if known.get(token) != index]
+        if other:
+            raise ValueError(
+                f"teacher_model has another vocabulary ({len(teacher)} tokens) than the student ({len(student)}), "
+                f"first difference {other[0]!r}: {consequence}"
+            )
+    elif sizes["student"] != sizes["teacher"]:
         raise ValueError(
-            f"teacher_model has another vocabulary ({len(teacher)} tokens) than the student ({len(student)}): "
-            "log-probs of the same token ids would mean other tokens. Use a teacher of the student's model family."
+            f"teacher_model has a vocabulary of {sizes['teacher']} tokens, the student one of {sizes['student']}: "
+            f"{consequence}"
         )
 
 
-def check_vocabulary_sizes(student: int, teacher: int, tokens: int) -> None:
-    """The heads may be padded to different sizes, but both must cover the tokenizer. Raises: ValueError."""
-    if student != teacher and teacher < tokens:
-        raise ValueError(
-            f"teacher_model has a vocabulary of {teacher} tokens, the student one of {student}: log-probs of the same "
-            "token ids would mean other tokens. Use a teacher of the student's model family."
-        )
+def position_warning(model_type: str) -> str | None:
+    """TRL 1.16 passes no position ids, so left padding moves the positions where they are learned."""
+    if model_type not in ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm"):
+        return None
+    return (
+        f"Models of type {model_type!r} learn absolute positions, which left padding shifts, by another amount for the "
+        "teacher's prompt than for the student's: the gain is not exact. Use a model with rotary positions."
+    )
 
 
 def dropout_warning(model: nn.Module) -> str | None:

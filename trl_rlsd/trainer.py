@@ -34,15 +34,15 @@ from trl_rlsd.checks import (
     check_column,
     check_teacher_model,
     check_vocabularies,
-    check_vocabulary_sizes,
     dropout_warning,
+    position_warning,
     sampler_warning,
 )
 from trl_rlsd.collator import PrivilegedPromptCollator, check_length, teacher_inputs
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import get_credit, lambda_at, token_advantages
 from trl_rlsd.metrics import MetricSums, credit_metrics
-from trl_rlsd.teacher import STATE_FILE, AdapterOffTeacher, CopyTeacher, TeacherCallback, build_teacher, scoring
+from trl_rlsd.teacher import STATE_FILE, CopyTeacher, TeacherCallback, build_teacher, scoring
 
 
 logger = get_logger(__name__)
@@ -156,13 +156,14 @@ class RLSDTrainer(GRPOTrainer):
                 f"{type(self.processing_class).__name__} is a processor: token credit for vision-language models is "
                 "not supported yet. Pass the tokenizer for text-only training, or credit='grpo'."
             )
-        row = next(iter(self.train_dataset), None) if isinstance(self.train_dataset, Dataset) else None
-        if row is not None and is_conversational(row) and not (self.chat_template or self._tokenizer.chat_template):
+        row = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) else {}
+        if is_conversational(row) and not (self.chat_template or self._tokenizer.chat_template):
             raise ValueError(
                 "processing_class has no chat template, but the dataset's prompts are conversational. Set "
                 "`tokenizer.chat_template`, or give plain-text prompts."
             )
-        for warning in (dropout_warning(self.model), sampler_warning(self.args)):
+        model_type = self.model.config.get_text_config().model_type
+        for warning in (dropout_warning(self.model), sampler_warning(self.args), position_warning(model_type)):
             if warning:
                 logger.warning(warning)
 
@@ -180,27 +181,31 @@ class RLSDTrainer(GRPOTrainer):
                 f"teacher_offload=True has no effect: teacher_model_kind={self.args.teacher_model_kind!r} keeps no "
                 "copy of the weights."
             )
-        if isinstance(self.teacher, AdapterOffTeacher):
-            logger.info("The teacher is the base model: the adapter is disabled while it scores.")
 
     def _prepare_external(self, teacher_model: str | PreTrainedModel) -> PreTrainedModel:
-        if isinstance(teacher_model, str):
-            tokenizer = AutoTokenizer.from_pretrained(teacher_model, trust_remote_code=self.args.trust_remote_code)
-            check_vocabularies(self._tokenizer.get_vocab(), tokenizer.get_vocab())
+        if teacher_model is self.accelerator.unwrap_model(self.model):
+            raise ValueError(
+                "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
+            )
+        given = isinstance(teacher_model, str)
+        model_id = teacher_model if given else get_config_model_id(teacher_model.config)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=self.args.trust_remote_code)
+        except (OSError, ValueError):  # a model made in code has no files, and its tokenizer is not known
+            tokenizer = None
+        if given:
             teacher_model = create_model_from_path(
                 teacher_model,
                 dtype=self.model.dtype,
                 attn_implementation=self.model.config._attn_implementation,
                 trust_remote_code=self.args.trust_remote_code,
             )
-        elif teacher_model is self.accelerator.unwrap_model(self.model):
-            raise ValueError(
-                "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
-            )
         sizes = [m.config.get_text_config().vocab_size for m in (self.model, teacher_model)]
-        check_vocabulary_sizes(*sizes, tokens=len(self._tokenizer))
+        check_vocabularies(self._tokenizer, tokenizer, dict(zip(("student", "teacher"), sizes, strict=True)))
         add_fused_lm_head(
-            teacher_model, temperature=self.temperature, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32
+            teacher_model.get_base_model() if is_peft_model(teacher_model) else teacher_model,
+            temperature=self.temperature,
+            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
         )
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher_model, self.accelerator)
