@@ -83,10 +83,10 @@ def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
 
 def position_warning(model_type: str) -> str | None:
     """TRL 1.16 passes no position ids, so left padding moves the positions where they are learned."""
-    if model_type not in ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm"):
+    if model_type not in ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt"):
         return None
     return (
-        f"Models of type {model_type!r} learn absolute positions, which left padding shifts, by another amount for the "
+        f"Models of type {model_type!r} learn absolute positions, which left padding shifts, differently for the "
         "teacher's prompt than for the student's: the gain is not exact. Use a model with rotary positions."
     )
 
