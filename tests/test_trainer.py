@@ -433,29 +433,6 @@ def test_a_users_credit_function_trains(tmp_path):
     assert differs(weights(mine.model), weights(start.model))
 
 
-def test_tools_are_masked_and_rendered_for_the_teacher(tmp_path):
-    """Without a tool-calling model: the teacher's prompt goes through TRL's own tokenization, tools included."""
-    built = trainer(tmp_path, data=dataset(conversational=True))
-
-    def multiply(a: int, b: int) -> int:
-        """Multiplies.
-
-        Args:
-            a: first factor
-            b: second factor
-        """
-        return a * b
-
-    built._tokenizer.chat_template = (
-        "{% for t in tools %}[{{ t['function']['name'] }}]{% endfor %}" + built._tokenizer.chat_template
-    )
-    built.tools = [multiply]
-    prompts, _ = built._collator.prompts([built.train_dataset[0]], [built.train_dataset[0]["prompt"]])
-    rendered = built._tokenizer.decode(built._tokenize_prompts(prompts)[0][0])
-    assert rendered.startswith("[multiply]<|user|>")
-    assert "the answer is 0" in rendered
-
-
 def test_a_reward_that_raises_loses_no_checkpoint(tmp_path):
     calls = []
 
