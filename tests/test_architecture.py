@@ -15,9 +15,9 @@ LEVELS = [
     {"quickstart", "train"},
     {"trainer"},
     {"config", "teacher", "collator", "checks"},
-    {"metrics"},
-    {"credit", "rewards", "data"},
+    {"credit", "metrics", "rewards", "data"},
 ]
+LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
@@ -75,6 +75,23 @@ def test_trls_private_names_stand_in_the_trainer_alone(path):
         assert private_names(path) == set()
 
 
+def submodule_imports(path: Path) -> set[str]:
+    """What is imported from below the top level of the Hugging Face libraries, where an upgrade may move it."""
+    return {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in LIBRARIES
+        for alias in node.names
+        if "." in node.module
+    }
+
+
+def test_what_is_imported_from_inside_the_libraries_is_listed():
+    from test_contract import SUBMODULES
+
+    assert set().union(*map(submodule_imports, MODULES)) == set(SUBMODULES)
+
+
 @pytest.mark.parametrize("module", ["credit", "metrics", "collator"])
 def test_pure_rooms_need_torch_alone(module):
     heavy = ("trl", "transformers", "datasets", "peft")
@@ -86,7 +103,7 @@ def test_pure_rooms_need_torch_alone(module):
 def test_rooms_stay_readable():
     for path in MODULES:
         tree = ast.parse(path.read_text())
-        assert len(path.read_text().splitlines()) <= 420, path
+        assert len(path.read_text().splitlines()) <= 450, path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, (path, node.name)

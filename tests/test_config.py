@@ -25,6 +25,8 @@ from trl_rlsd import RLSDConfig, RLSDTrainer
         ({"teacher_update_rate": 1.1}, ValueError, r"teacher_update_rate=1.1.*\[0, 1\]"),
         ({"teacher_update_rate": 0.0}, ValueError, "teacher_update_rate=0 never moves"),
         ({"credit": "nonesuch"}, ValueError, "credit='nonesuch'.*grpo, grpo_opsd"),
+        ({"rlsd_negative_only": "False"}, TypeError, "rlsd_negative_only='False' must be True or False"),
+        ({"teacher_offload": 1}, TypeError, "teacher_offload=1 must be True or False"),
         ({"credit": None}, TypeError, "credit=None must be a string"),
         ({"teacher_model_kind": "frozen"}, ValueError, "teacher_model_kind='frozen'.*'synced', 'live'"),
         ({"importance_sampling_level": "sequence"}, ValueError, "importance_sampling_level='sequence'.*'cispo'"),

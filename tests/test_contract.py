@@ -25,11 +25,29 @@ PRIVATE = {
     "_signature_columns": "columns that remove_unused_columns keeps",
     "_save_optimizer_and_scheduler": "(output_dir): called for every checkpoint that is not save_only_model",
     "_load_optimizer_and_scheduler": "(checkpoint): called on resume, after the weights, before on_train_begin",
-    "_step": "micro-batches done",
+    "_step": "micro-batches done; 0 after a resume",
+    "_buffered_inputs": "the batches of the last generation, list of dicts of tensors and lists; None after a resume",
     "_tokenizer": "the tokenizer, also where processing_class is a processor",
     "_is_vlm": "whether processing_class is a processor",
     "_attn_implementation": "of a model's config",
 }
+# what is imported from inside the libraries
+SUBMODULES = [
+    "accelerate.commands.launch.launch_command",
+    "accelerate.commands.launch.launch_command_parser",
+    "accelerate.logging.get_logger",
+    "accelerate.utils.is_peft_model",
+    "transformers.trainer.OPTIMIZER_NAME",
+    "transformers.trainer_callback.PrinterCallback",
+    "transformers.trainer_callback.ProgressCallback",
+    "trl.cli.accelerate_config.resolve_accelerate_config_argument",
+    "trl.data_utils.is_conversational",
+    "trl.models.utils.prepare_deepspeed",
+    "trl.models.utils.prepare_fsdp",
+    "trl.trainer.utils.add_fused_lm_head",
+    "trl.trainer.utils.create_model_from_path",
+    "trl.trainer.utils.get_config_model_id",
+]
 METHODS = [name for name in PRIVATE if callable(getattr(GRPOTrainer, name, None))]
 
 

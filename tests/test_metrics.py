@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_rlsd.metrics import TOKEN_METRICS, credit_metrics
+from trl_rlsd.credit import clipped_weight, gain
+from trl_rlsd.metrics import TOKEN_METRICS
+from trl_rlsd.metrics import credit_metrics as metrics_of
+
+
+def credit_metrics(advantages, student_logps, teacher_logps, mask, *, clip_range):
+    gains = gain(student_logps, teacher_logps, mask)
+    return metrics_of(advantages, gains, *clipped_weight(gains, advantages, clip_range), mask)
 
 
 def batch(seed, rows=6, tokens=5):

@@ -46,13 +46,25 @@ def test_resume_after_any_step_equals_the_straight_run_bit_for_bit(tmp_path, kin
             assert straight.teacher.copied_at == resumed.teacher.copied_at
 
 
-def test_resume_equals_the_straight_run_with_gradient_accumulation_and_offload(tmp_path):
-    options = dict(gradient_accumulation_steps=2, teacher_offload=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "teacher_offload": True},
+        {"num_iterations": 2},
+        {"steps_per_generation": 2},
+        {"num_iterations": 2, "steps_per_generation": 4, "gradient_accumulation_steps": 2},
+        {"num_iterations": 2, "credit": "grpo"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_resume_is_exact_also_while_completions_are_left_to_use(tmp_path, options):
+    """TRL 1.16 by itself forgets the completions that a checkpoint leaves unused, and generates anew."""
     straight = build(tmp_path, "synced", False, **options)
     straight.train()
-    resumed = build(tmp_path / "resumed", "synced", False, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert_same(weights(straight.model), weights(resumed.model))
+    for step in range(1, STEPS):
+        resumed = build(tmp_path / "resumed", "synced", False, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same(weights(straight.model), weights(resumed.model))
 
 
 def test_the_teachers_state_is_what_makes_the_difference(tmp_path):

@@ -39,6 +39,26 @@ def test_the_privileged_answer_earns_the_full_reward_and_nonsense_does_not(name)
     assert max(reasoning_gym_reward(None, ["no idea"] * 4, reasoning_gym=problems)) < 1
 
 
+def test_a_task_with_many_right_answers_has_no_reference():
+    rows = reasoning_gym_dataset("graph_color", 3, seed=0)
+    assert rows["privileged_context"][:] == [None] * 3
+
+
+def test_a_scorer_that_fails_is_not_a_wrong_answer(caplog):
+    good = reasoning_gym_dataset("chain_sum", 1, **SUMS)[0]
+    broken = json.dumps({**json.loads(good["reasoning_gym"]), "metadata": {"source_dataset": "nonesuch"}})
+    counted = {}
+    rewards = reasoning_gym_reward(
+        None,
+        [good["privileged_context"]] * 2,
+        reasoning_gym=[good["reasoning_gym"], broken],
+        log_metric=lambda name, value: counted.update({name: value}),
+    )
+    assert rewards == [1.0, None]
+    assert counted == {"reasoning_gym_failures": 1}
+    assert "scorer failed" in caplog.text
+
+
 def test_rows_of_another_task_are_left_to_other_rewards():
     problem = reasoning_gym_dataset("chain_sum", 1, **SUMS)[0]
     scores = reasoning_gym_reward(

@@ -90,3 +90,18 @@ def test_tool_results_are_read_but_get_no_credit(tmp_path, options):
     assert torch.isfinite(seen["teacher_logps"]).all()
     # the teacher reads the tool's result, too: those tokens are scored, not skipped
     assert (seen["teacher_logps"][row][tool_tokens] != 0).all()
+
+
+def test_an_environment_that_shows_the_context_to_the_student_is_refused(tmp_path):
+    class Leaky(Calculator):
+        def reset(self, privileged_context, **columns):
+            return f" ({privileged_context}, as the reference says)"
+
+    built = build(tmp_path, environment_factory=Leaky)
+    generated = []
+    built._generate_single_turn = lambda *args, **kwargs: generated.append(1)
+    longer = built.train_dataset.map(lambda row: {"privileged_context": row["privileged_context"] + " exactly"})
+    built.train_dataset = longer
+    with pytest.raises(ValueError, match="is in the student's prompt already"):
+        built.train()
+    assert generated == []

@@ -28,18 +28,18 @@ PEFT = pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 
 
-def run(
-    trainer_class, config_class, folder, *, model=None, peft_config=None, data=None, reward=byte_reward, **options
-):
+SCRIPT = dict(
+    use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
+    max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=7,
+)  # fmt: skip
+
+
+def run(trainer_class, config_class, folder, *, peft_config=None, data=None, **options):
     """A user's script: the two names are all that differs between GRPO and RLSD."""
-    defaults = dict(
-        use_cpu=True, bf16=False, per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
-        max_steps=3, learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=7,
-    )  # fmt: skip
     built = trainer_class(
-        model=model if model is not None else tiny_llama(),
-        reward_funcs=reward,
-        args=config_class(str(folder), **{**defaults, **options}),
+        model=tiny_llama(),
+        reward_funcs=byte_reward,
+        args=config_class(str(folder), **{**SCRIPT, **options}),
         train_dataset=data if data is not None else dataset(),
         processing_class=byte_tokenizer(),
         peft_config=peft_config,
@@ -75,24 +75,22 @@ def test_credit_grpo_is_grpo_bit_for_bit(tmp_path):
     assert_same(weights(grpo.model), weights(run(RLSDTrainer, RLSDConfig, tmp_path, credit="grpo").model))
 
 
-def test_once_lambda_has_decayed_the_steps_are_grpos(tmp_path):
-    """From the same weights, the steps after the decay equal GRPO's: nothing of RLSD lingers."""
-    options = dict(rlsd_lambda_decay_steps=1, max_steps=2)
-    seen = []
-    for credit in ("rlsd", "grpo"):
-        built = trainer(tmp_path, credit=credit, **options)
-        if credit == "grpo":
-            built._lambda = lambda step: 0.0
-        original = built._compute_loss
-
-        def spy(model, inputs, original=original, built=built):
-            if built.state.global_step == 1:
-                seen.append({key: inputs[key].shape for key in inputs if hasattr(inputs[key], "shape")})
-            return original(model, inputs)
-
-        built._compute_loss = spy
-        built.train()
-    assert seen[0].keys() == seen[1].keys()
+@PEFT
+def test_once_lambda_has_decayed_the_steps_are_grpos(tmp_path, peft):
+    """From the same checkpoint both trainers go on to the same weights: nothing of RLSD lingers."""
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    peft_config = lora() if peft else None
+    rlsd = run(RLSDTrainer, RLSDConfig, tmp_path, peft_config=peft_config, rlsd_lambda_decay_steps=2, **options)
+    grpo = GRPOTrainer(
+        tiny_llama(),
+        byte_reward,
+        GRPOConfig(str(tmp_path / "grpo"), **{**SCRIPT, **options}),
+        dataset(),
+        processing_class=byte_tokenizer(),
+        peft_config=peft_config,
+    )
+    grpo.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(weights(rlsd.model), weights(grpo.model))
 
 
 def test_a_row_without_context_keeps_grpos_credit(tmp_path):
@@ -261,6 +259,33 @@ def test_no_forward_is_spent_where_the_teacher_cannot_matter(tmp_path):
     assert forwards(trainer(tmp_path, credit="opsd", **{**base, "reward": constant})) == 8
 
 
+def test_rounding_errors_are_not_advantages(tmp_path):
+    """Eight rewards of 0.1 have a mean of 0.1 - 7e-9, and TRL's advantages are then -7e-5, not 0."""
+    built = trainer(
+        tmp_path,
+        reward=lambda completions, **k: [0.1] * len(completions),
+        per_device_train_batch_size=8,
+        num_generations=8,
+    )
+    seen = []
+    score = built._score_with_teacher
+    built._score_with_teacher = lambda batch, *rest: seen.append(batch["advantages"]) or score(batch, *rest)
+    assert forwards(built) == 2
+    assert all((advantages != 0).any() for advantages in seen), "the case is gone, and with it the need for this"
+    assert built.state.log_history[0]["rlsd/skipped"] == 1
+
+
+def test_negative_only_scores_the_wrong_completions_alone(tmp_path):
+    built = trainer(tmp_path, reward=varied, rlsd_negative_only=True, max_steps=1)
+    (batch,) = captured_credit(built)
+    assert batch["teacher_scored"].tolist() == (batch["advantages"] < 0).tolist()
+    right = batch["advantages"] > 0
+    plain = batch["advantages"][right].unsqueeze(1) * batch["completion_mask"][right]
+    assert torch.equal(batch["token_advantages"][right], plain)
+    assert "rlsd/weight_mean_pos" not in built.state.log_history[0]
+    assert "rlsd/weight_mean_neg" in built.state.log_history[0]
+
+
 def test_a_batch_is_scored_once_for_all_its_iterations(tmp_path):
     options = dict(reward=varied, num_iterations=3, max_steps=3)
     grpo = forwards(trainer(tmp_path, credit="grpo", **options))
@@ -317,16 +342,38 @@ def gradient(built, batch, token_advantages):
     return torch.cat([p.grad.flatten() for p in built.model.parameters()])
 
 
+def fixed_batch():
+    ids = torch.arange(20, 28).repeat(4, 1)
+    return {
+        "prompt_ids": torch.full((4, 3), 5), "prompt_mask": torch.ones(4, 3, dtype=torch.long),
+        "completion_ids": ids, "completion_mask": torch.ones_like(ids), "num_items_in_batch": torch.tensor(32.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_on_policy_every_loss_type_follows_the_token_credit(tmp_path, loss_type):
+    """Where the importance ratio is 1, the gradient of every loss type is that of -sum_t A_t log p_t, up to a factor
+    (all rows have the same length, so that their normalisations agree)."""
+    built = trainer(tmp_path, credit="grpo", loss_type=loss_type)
+    batch = fixed_batch()
+    credit = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]]) * torch.linspace(0.5, 1.5, 8)
+    logits = built.model(torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)).logits[:, 2:-1]
+    logps = logits.log_softmax(-1).gather(2, batch["completion_ids"].unsqueeze(2)).squeeze(2)
+    row = torch.tensor([1.0, 0.5, 0.25, 2.0]).unsqueeze(1)  # or the rows, which are alike, would cancel
+    of_loss = gradient(built, batch, row * credit)
+    built.model.zero_grad()
+    (-(row * credit * logps).sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in built.model.parameters()])
+    assert expected.norm() > 0.1
+    assert torch.nn.functional.cosine_similarity(of_loss, expected, dim=0).item() == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_refused_combinations_are_those_that_lose_the_credit(tmp_path, loss_type, level):
     """Token credit and its mean per row give the same gradient exactly where RLSDConfig refuses the combination."""
     built = trainer(tmp_path, credit="grpo", loss_type=loss_type, importance_sampling_level=level)
-    ids = torch.arange(20, 28).repeat(4, 1)
-    batch = {
-        "prompt_ids": torch.full((4, 3), 5), "prompt_mask": torch.ones(4, 3, dtype=torch.long),
-        "completion_ids": ids, "completion_mask": torch.ones_like(ids), "num_items_in_batch": torch.tensor(32.0),
-    }  # fmt: skip
+    batch = fixed_batch()
     credit = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) + 0.1
     mean = credit.mean(dim=1, keepdim=True).expand_as(credit)
     by_token, by_mean = gradient(built, batch, credit), gradient(built, batch, mean)
@@ -419,10 +466,6 @@ def test_evaluation_needs_no_privileged_column_and_no_teacher(tmp_path):
 
 
 def test_a_users_credit_function_trains(tmp_path):
-    @register_credit("first_token_only", teacher_rows="none", keeps_sign=True)
-    def first_token_only(advantages, student_logps, teacher_logps, mask, **knobs):
-        raise AssertionError("a credit function that needs no teacher rows is left to TRL")
-
     @register_credit("signed_gain", teacher_rows="all")
     def signed_gain(advantages, student_logps, teacher_logps, mask, **knobs):
         assert set(knobs) == {"lam", "clip_range", "negative_only"}
@@ -431,6 +474,35 @@ def test_a_users_credit_function_trains(tmp_path):
     start = run(GRPOTrainer, GRPOConfig, tmp_path)
     mine = run(RLSDTrainer, RLSDConfig, tmp_path, credit="signed_gain")
     assert differs(weights(mine.model), weights(start.model))
+
+
+def test_a_users_credit_function_that_needs_no_teacher_is_run_all_the_same(tmp_path):
+    @register_credit("nothing", teacher_rows="none")
+    def nothing(advantages, student_logps, teacher_logps, mask, **knobs):
+        assert torch.equal(student_logps, teacher_logps)
+        return torch.zeros_like(student_logps)
+
+    built = trainer(tmp_path, credit="nothing", data=dataset().remove_columns("privileged_context"), reward=varied)
+    start = weights(built.model)
+    built.train()
+    assert_same(weights(built.model), start)
+
+
+def test_a_rollout_from_another_prompt_is_warned_of(tmp_path, caplog):
+    def rollout(prefix):
+        def generate(prompts, trainer):
+            return {
+                "prompt_ids": [trainer.processing_class.encode(prefix + p) for p in prompts],
+                "completion_ids": [[20 + i, 21] for i in range(len(prompts))],
+                "logprobs": [[0.0] * 2] * len(prompts),
+            }
+
+        return generate
+
+    trainer(tmp_path, rollout_func=rollout(""), max_steps=1).train()
+    assert "samples from another prompt" not in caplog.text
+    trainer(tmp_path, rollout_func=rollout("SYSTEM "), max_steps=2).train()
+    assert caplog.text.count("samples from another prompt") == 1
 
 
 def test_a_reward_that_raises_loses_no_checkpoint(tmp_path):

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 
 _TEXT_OR_MESSAGES = ("string", "large_string", "string_view", "null", "list", "dict")
@@ -51,33 +50,6 @@ def check_column(dataset: Any, column: str) -> None:
         raise TypeError(
             f"Column {column!r} (privileged_column) of train_dataset is of type {kind}; it must be a string or a list "
             f"of messages. Convert it: dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}})."
-        )
-
-
-def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, sizes: dict) -> None:
-    """Every token of the student must have the same id in the teacher; a teacher may know more, and heads may be
-    padded to different sizes. Without the teacher's tokenizer, only equal sizes are taken.
-
-    Args:
-        sizes: the sizes of the two heads, `{"student": ..., "teacher": ...}`.
-
-    Raises: ValueError.
-    """
-    consequence = (
-        "log-probs of the same token ids would mean other tokens. Use a teacher of the student's model family."
-    )
-    if teacher is not None:
-        known = teacher.get_vocab()
-        other = [token for token, index in student.get_vocab().items() if known.get(token) != index]
-        if other:
-            raise ValueError(
-                f"teacher_model has another vocabulary ({len(teacher)} tokens) than the student ({len(student)}), "
-                f"first difference {other[0]!r}: {consequence}"
-            )
-    elif sizes["student"] != sizes["teacher"]:
-        raise ValueError(
-            f"teacher_model has a vocabulary of {sizes['teacher']} tokens, the student one of {sizes['student']}: "
-            f"{consequence}"
         )
 
 

@@ -47,9 +47,8 @@ def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(argv: list[str]) -> int:
     """Hand the run to `accelerate launch`, as `trl grpo` does: what the parser does not know is the launcher's."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from trl_rlsd.train import make_parser
+    from trl_rlsd.train import launcher_arguments, make_parser
 
     parser = make_parser(prog="trl-rlsd train")
     parser.description = _TRAIN_HELP
@@ -57,7 +56,7 @@ def _train(argv: list[str]) -> int:
     *_, from_file, from_flags = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
-    launch = resolve_accelerate_config_argument(from_file + from_flags)
+    launch = launcher_arguments(from_file + from_flags)
     script = _without(argv, from_flags)
     launch_command(launch_command_parser().parse_args([*launch, "--module", "trl_rlsd.train", *script]))
     return 0

@@ -63,8 +63,8 @@ class RLSDConfig(GRPOConfig):
         default="synced",
         metadata={
             "help": "Whose weights score. 'synced': a snapshot of the student, renewed every `teacher_sync_steps`; "
-            "'live': the student as it is; 'ema': its moving average; 'base': the untrained model (adapter disabled, "
-            "or a frozen copy); 'external': the trainer's `teacher_model`.",
+            "'live': the student as it is; 'ema': its moving average; 'base': the base model (the adapter disabled; "
+            "without PEFT a frozen copy of the start); 'external': the trainer's `teacher_model`.",
             "choices": list(TEACHER_KINDS),
         },
     )
@@ -131,6 +131,9 @@ class RLSDConfig(GRPOConfig):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a whole number of steps.")
             if value < low:
                 raise ValueError(f"{name}={value!r} is out of range; it must be at least {low}.")
+        for name in ("rlsd_negative_only", "teacher_offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
         for name in ("credit", "teacher_model_kind", "privileged_column", "teacher_prompt_template"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
@@ -143,7 +146,7 @@ class RLSDConfig(GRPOConfig):
 
     def _check_combinations(self) -> None:
         credit = get_credit(self.credit)
-        if credit.teacher_rows == "none":
+        if credit.name == "grpo":  # one advantage a row, as TRL has it
             return
         if self.importance_sampling_level == "sequence" and self.loss_type in _RATIO_CARRIES_GRADIENT:
             raise ValueError(

@@ -31,7 +31,8 @@ class Credit:
         name: what `RLSDConfig(credit=...)` says.
         function: the credit function; see the module's docstring for its form.
         teacher_rows: the rows that need a teacher's log-probs: `"nonzero_advantage"`, where A = 0 gives no credit
-            whatever the teacher says; `"all"`; or `"none"`.
+            whatever the teacher says; `"all"`; or `"none"`: the function then gets the student's log-probs as the
+            teacher's (gain 0), and the dataset needs no privileged column.
         keeps_sign: whether every token's credit has the sign of its sequence's advantage.
         uses_lambda: whether lambda = 0 makes it plain GRPO, so that the teacher can be left out then.
     """

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from trl_rlsd.credit import clipped_weight, gain
-
 
 # Names and order are fixed, so that every rank reduces the same vector whatever its rows were.
 TOKEN_METRICS = (
@@ -29,11 +27,10 @@ METRICS = (*ROW_METRICS, *TOKEN_METRICS)
 
 def credit_metrics(
     advantages: torch.Tensor,
-    student_logps: torch.Tensor,
-    teacher_logps: torch.Tensor,
+    gains: torch.Tensor,
+    weights: torch.Tensor,
+    clipped_weights: torch.Tensor,
     mask: torch.Tensor,
-    *,
-    clip_range: float,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What the teacher said about the tokens that count.
 
@@ -43,24 +40,22 @@ def credit_metrics(
     - `weight_mean_pos`, `weight_mean_neg`: mean clipped weight over tokens with A > 0, with A < 0.
     - `clip_low`, `clip_high`: share of the tokens with A != 0 whose weight was clipped from below, from above.
 
-    With gain = 0 everywhere: 0, 0, 1, 1, 0, 0. Tokens with mask 0 count nowhere, even when they hold nan or inf.
+    With gain = 0 everywhere: 0, 0, 1, 1, 0, 0. Tokens with mask 0 count nowhere.
 
     Shapes: `advantages` (B,), the others (B, T); values are pairs of 0-dim float32 tensors (sum, count).
     Units: nats for `gain_mean` and `kl`; the others are ratios.
     """
-    gains = gain(student_logps, teacher_logps, mask)
-    raw, clipped = clipped_weight(gains, advantages, clip_range)
     counted = mask.bool()
     positive = counted & (advantages > 0).unsqueeze(1)
     negative = counted & (advantages < 0).unsqueeze(1)
-    kl = gains.clamp(max=20.0).exp() - 1.0 - gains.clamp(max=20.0)
+    bounded = gains.clamp(max=20.0)
     values = {
         "gain_mean": (gains, counted),
-        "kl": (kl, counted),
-        "weight_mean_pos": (clipped, positive),
-        "weight_mean_neg": (clipped, negative),
-        "clip_low": (raw < clipped, positive | negative),
-        "clip_high": (raw > clipped, positive | negative),
+        "kl": (bounded.exp() - 1.0 - bounded, counted),
+        "weight_mean_pos": (clipped_weights, positive),
+        "weight_mean_neg": (clipped_weights, negative),
+        "clip_low": (weights < clipped_weights, positive | negative),
+        "clip_high": (weights > clipped_weights, positive | negative),
     }
     return {
         name: (torch.where(where, value.float(), 0.0).sum(), where.sum().float())

@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import shutil
+import sys
 import time
 import warnings
 from importlib.util import find_spec
@@ -92,8 +93,9 @@ def run(
     draw_reward(rewards, folder / "reward.png", f"{credit} on {Path(path).name}, seed {seed}")
     summary = {"credit": credit, "seed": seed, "steps": steps, **_summary(rewards, before, after)}
     summary["minutes"] = (time.perf_counter() - started) / 60
-    # Linux counts kilobytes
-    summary["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # macOS counts bytes, Linux kilobytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    summary["peak_memory_gb"] = peak / 1e9
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _report(summary, held_out, before, after, folder)
     return summary
@@ -184,8 +186,10 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem
     width = inputs["input_ids"].shape[1]
     entries = [json.loads(entry) for entry in problems["reasoning_gym"]]
     results: dict[str, Any] = {}
+    sampled = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    choices = {"sampled": sampled, "greedy": {"do_sample": False}}
     model.eval()
-    for name, options in {"sampled": {"do_sample": True, "top_k": 0}, "greedy": {"do_sample": False}}.items():
+    for name, options in choices.items():
         torch.manual_seed(0)  # the same draws before and after
         with torch.no_grad():
             output = model.generate(

@@ -3,7 +3,8 @@
 A teacher never generates and never learns. All that it owns is, at most, one copy of the *trainable* weights, which
 with LoRA is the adapter: a second copy of the base model never exists. To score, the copy's values are exchanged with
 the student's in place and exchanged back, so that every holder of the parameters (wrappers, optimizer, compiled code)
-goes on holding the same storage, and nothing more than one parameter is allocated.
+goes on holding the same storage, and one parameter more is allocated at a time. (An `ema` of bfloat16 weights is kept
+in float32; its rounded values exist once more while it scores.)
 
 This must happen while no graph is alive: autograd refuses to run backward through weights that were written to.
 """
@@ -18,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 
 STATE_FILE = "rlsd_teacher.safetensors"
@@ -63,10 +65,11 @@ class Teacher:
 
 
 class AdapterOffTeacher(Teacher):
-    """The `base` teacher of a PEFT model: the same weights with the adapter disabled.
+    """The `base` teacher of a PEFT model: the base model, that is the same weights with the adapter disabled. For an
+    adapter that was trained before, that is the model under it, not the model that this training starts from.
 
     Raises:
-        ValueError: disabling this adapter does not give the model that training started from.
+        ValueError: disabling this adapter does not give the base model.
     """
 
     def __init__(self, student: nn.Module):
@@ -91,8 +94,14 @@ class AdapterOffTeacher(Teacher):
 
     @contextmanager
     def weights(self, model: nn.Module) -> Iterator[nn.Module]:
-        with self.student.disable_adapter():
-            yield model
+        # peft 0.21: leaving the block makes the whole adapter trainable, also what its owner had frozen
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in self.student.parameters()]
+        try:
+            with self.student.disable_adapter():
+                yield model
+        finally:
+            for parameter, flag in requires_grad:
+                parameter.requires_grad_(flag)
 
 
 class CopyTeacher(Teacher):
@@ -107,7 +116,7 @@ class CopyTeacher(Teacher):
         offload: keep the copy on the CPU.
 
     Raises:
-        ValueError: nothing is trainable, or an average of weights that are not floating point is asked for.
+        ValueError: nothing is trainable.
     """
 
     def __init__(self, student: nn.Module, kind: str, *, sync_steps: int, update_rate: float, offload: bool):
@@ -119,12 +128,6 @@ class CopyTeacher(Teacher):
             raise ValueError(
                 f"teacher_model_kind={kind!r} copies the trainable weights, and the model has none. Unfreeze the "
                 "adapter (`PeftModel.from_pretrained(..., is_trainable=True)`) or the model."
-            )
-        rigid = [name for name, p in self.trainable.items() if not p.is_floating_point()]
-        if kind == "ema" and rigid:
-            raise ValueError(
-                f"teacher_model_kind='ema' cannot average {rigid[0]!r} ({self.trainable[rigid[0]].dtype}). Use "
-                "'synced', or a PEFT method with floating-point weights."
             )
         self.copy: dict[str, torch.Tensor] = {}
         self.copied_at = 0
@@ -266,16 +269,66 @@ def build_teacher(
     return CopyTeacher(student, kind, sync_steps=sync_steps, update_rate=update_rate, offload=offload)
 
 
+def load_external(
+    teacher_model: str | PreTrainedModel, student: nn.Module, tokenizer: PreTrainedTokenizerBase, **init_kwargs
+) -> PreTrainedModel:
+    """The model of an `external` teacher, once it is known that its token ids mean the student's tokens.
+
+    Raises:
+        ValueError: it is the student itself, or has another vocabulary.
+    """
+    if teacher_model is student:
+        raise ValueError(
+            "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
+        )
+    given = isinstance(teacher_model, str)
+    try:
+        path = teacher_model if given else get_config_model_id(teacher_model.config)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=init_kwargs.get("trust_remote_code", False)
+        )
+    except (OSError, ValueError):  # a model made in code has no files, and its tokenizer is not known
+        teacher_tokenizer = None
+    if given:
+        teacher_model = create_model_from_path(teacher_model, **init_kwargs)
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher_model)]
+    check_vocabularies(tokenizer, teacher_tokenizer, *sizes)
+    return teacher_model
+
+
+def check_vocabularies(
+    tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, size: int, teacher_size: int
+) -> None:
+    """Every token of the student must have the same id in the teacher. A teacher may know more, and the two heads may
+    be padded to different sizes; where the teacher's tokenizer is not known, only equal sizes are taken.
+
+    Raises: ValueError.
+    """
+    consequence = (
+        "log-probs of the same token ids would mean other tokens. Use a teacher of the student's model family."
+    )
+    if teacher is not None:
+        known = teacher.get_vocab()
+        other = [token for token, index in tokenizer.get_vocab().items() if known.get(token) != index]
+        if other:
+            raise ValueError(
+                f"teacher_model has another vocabulary ({len(teacher)} tokens) than the student ({len(tokenizer)}), "
+                f"first difference {other[0]!r}: {consequence}"
+            )
+    elif size != teacher_size:
+        raise ValueError(
+            f"teacher_model has a vocabulary of {teacher_size} tokens, the student one of {size}: {consequence}"
+        )
+
+
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient; afterwards every module is in the mode, and every parameter has the requires_grad,
-    that it had before, also after an exception.
+    """Eval mode without gradient; afterwards every module is in the mode that it had before, also after an exception.
 
     Without eval mode the gain would measure dropout: with a LoRA dropout of 0.05 two identical passes differ by up to
     0.14 nats (tiny Llama, TRL 1.16).
     """
     training = [module for module in model.modules() if module.training]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
         with torch.no_grad():
@@ -283,5 +336,3 @@ def scoring(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)

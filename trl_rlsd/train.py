@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.rewards import REWARDS, get_reward
@@ -49,6 +51,14 @@ class RLSDScriptArguments(ScriptArguments):
 def make_parser(prog: str | None = None) -> TrlParser:
     """The parser of every field of the script, of RLSDConfig and of TRL's ModelConfig."""
     return TrlParser((RLSDScriptArguments, RLSDConfig, ModelConfig), prog=prog)
+
+
+def launcher_arguments(rest: list[str]) -> list[str]:
+    """What the parser does not know, as arguments of `accelerate launch`: `--accelerate_config` is a file or the name
+    of one that TRL ships. Exits with the launcher's own message where it does not know an argument either."""
+    arguments = resolve_accelerate_config_argument(rest)
+    launch_command_parser().parse_args([*arguments, "script"])
+    return arguments
 
 
 def load_splits(name: str | None, config: str | None = None, streaming: bool = False) -> dict:
@@ -87,7 +97,8 @@ def _split(splits: dict | DatasetDict, name: str, field_name: str):
 def main(argv: list[str] | None = None) -> None:
     """Parse, train, save; push to the Hub if asked to."""
     sys.path.insert(0, os.getcwd())  # dotted paths may name modules beside the config
-    script, args, model = make_parser().parse_args_and_config(argv)
+    script, args, model, rest = make_parser().parse_args_and_config(argv, return_remaining_strings=True)
+    launcher_arguments(rest)  # the launcher has taken these by now; anything else is a mistake
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
     if not script.reward_funcs:

@@ -1,14 +1,17 @@
 """RLSDTrainer: GRPOTrainer with token credit from a privileged self-teacher.
 
 The only file that knows TRL's private names; `tests/test_contract.py` states what is expected of each. No TRL method
-body is repeated here: five are extended, each through `super()`.
+body is repeated here; these are extended, each through `super()`:
 
+    train                                the self-check of the prompts
+    _set_signature_columns_if_needed     the privileged column survives remove_unused_columns
     _generate                            before a batch is generated: what the teacher will read is built and checked
     _generate_and_score_completions      after it: the teacher scores the completions that matter
     _compute_loss                        hands TRL a copy of the batch, in which ...
     _get_per_token_logps_and_entropies   ... the advantages become token advantages as soon as the student's log-probs
                                          of this very forward are there: TRL reads the advantages after them
-    _save/_load_optimizer_and_scheduler  the teacher's weights travel with the optimizer's state
+    log                                  the rlsd/* metrics
+    _save/_load_optimizer_and_scheduler  teacher and unused completions travel with the optimizer's state
 """
 
 from __future__ import annotations
@@ -23,26 +26,19 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
+from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
-from trl_rlsd.checks import (
-    check_column,
-    check_teacher_model,
-    check_vocabularies,
-    dropout_warning,
-    position_warning,
-    sampler_warning,
-)
+from trl_rlsd.checks import check_column, check_teacher_model, dropout_warning, position_warning, sampler_warning
 from trl_rlsd.collator import PrivilegedPromptCollator, check_length, teacher_inputs
 from trl_rlsd.config import RLSDConfig
-from trl_rlsd.credit import get_credit, lambda_at, token_advantages
+from trl_rlsd.credit import clipped_weight, gain, get_credit, lambda_at, token_advantages
 from trl_rlsd.metrics import MetricSums, credit_metrics
-from trl_rlsd.teacher import STATE_FILE, CopyTeacher, TeacherCallback, build_teacher, scoring
+from trl_rlsd.teacher import STATE_FILE, CopyTeacher, TeacherCallback, build_teacher, load_external, scoring
 
 
 logger = get_logger(__name__)
@@ -100,6 +96,7 @@ class RLSDTrainer(GRPOTrainer):
     _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
     _uncredited: dict[str, Any] | None = None
     _prompts_shown = False
+    _rollout_checked = False
 
     def __init__(
         self,
@@ -167,11 +164,12 @@ class RLSDTrainer(GRPOTrainer):
             if warning:
                 logger.warning(warning)
 
+    def _sharded(self) -> bool:
+        zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.is_fsdp_enabled or zero_3
+
     def _check_teacher(self) -> None:
-        sharded = self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        )
-        if sharded and isinstance(self.teacher, CopyTeacher):
+        if self._sharded() and isinstance(self.teacher, CopyTeacher):
             raise ValueError(
                 f"teacher_model_kind={self.args.teacher_model_kind!r} with FSDP or ZeRO-3: a copy of sharded weights "
                 "is not supported yet. Use 'live', 'base' with LoRA, or 'external'; or DDP or ZeRO-2."
@@ -183,25 +181,15 @@ class RLSDTrainer(GRPOTrainer):
             )
 
     def _prepare_external(self, teacher_model: str | PreTrainedModel) -> PreTrainedModel:
-        if teacher_model is self.accelerator.unwrap_model(self.model):
-            raise ValueError(
-                "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
-            )
-        given = isinstance(teacher_model, str)
-        model_id = teacher_model if given else get_config_model_id(teacher_model.config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=self.args.trust_remote_code)
-        except (OSError, ValueError):  # a model made in code has no files, and its tokenizer is not known
-            tokenizer = None
-        if given:
-            teacher_model = create_model_from_path(
-                teacher_model,
-                dtype=self.model.dtype,
-                attn_implementation=self.model.config._attn_implementation,
-                trust_remote_code=self.args.trust_remote_code,
-            )
-        sizes = [m.config.get_text_config().vocab_size for m in (self.model, teacher_model)]
-        check_vocabularies(self._tokenizer, tokenizer, dict(zip(("student", "teacher"), sizes, strict=True)))
+        student = self.accelerator.unwrap_model(self.model)
+        teacher_model = load_external(
+            teacher_model,
+            student,
+            self._tokenizer,
+            dtype=student.dtype,
+            attn_implementation=student.config._attn_implementation,
+            trust_remote_code=self.args.trust_remote_code,
+        )
         add_fused_lm_head(
             teacher_model.get_base_model() if is_peft_model(teacher_model) else teacher_model,
             temperature=self.temperature,
@@ -231,12 +219,14 @@ class RLSDTrainer(GRPOTrainer):
             return
         prompts, _ = self._collator.prompts([rows[longest]], [rows[longest]["prompt"]])
         check_length([len(self._tokenize_prompts(prompts)[0][0])], self.max_completion_length, self._positions())
-        self._show_prompts(rows[first])
+        prompt = [rows[first]["prompt"]]
+        teacher_prompts, _ = self._collator.prompts([rows[first]], prompt)
+        ids = [self._tokenize_prompts(prompts)[0][0] for prompts in (prompt, teacher_prompts)]
+        self._show_prompts(rows[first], *ids)
 
-    def _show_prompts(self, row: Mapping[str, Any]) -> None:
+    def _show_prompts(self, row: Mapping[str, Any], student_ids: list[int], teacher_ids: list[int]) -> None:
         self._prompts_shown = True
-        prompts = [[row["prompt"]], self._collator.prompts([row], [row["prompt"]])[0]]
-        student, teacher = (self._tokenizer.decode(self._tokenize_prompts(prompt)[0][0]) for prompt in prompts)
+        student, teacher = self._tokenizer.decode(student_ids), self._tokenizer.decode(teacher_ids)
         if self._collator.reads_context:
             # encoded and decoded like the prompts, so that what a tokenizer drops is dropped here too
             context = self._tokenizer.encode(self._collator.context(row), add_special_tokens=False)
@@ -258,37 +248,47 @@ class RLSDTrainer(GRPOTrainer):
     def _generate(self, prompts: list):
         # The last moment before samples are paid for, and the first at which the prompts are those that the student
         # will read (with environments, reset() has extended them).
-        if self._rows is not None:
-            teacher_prompts, has_context = self._collator.prompts(self._rows, prompts)
-            prompt_ids = self._tokenize_prompts(teacher_prompts)[0]
-            check_length([len(ids) for ids in prompt_ids], self.max_completion_length, self._positions())
-            self._teacher_prompts = (prompt_ids, has_context)
-        return super()._generate(prompts)
+        rows, student_ids = self._rows, None
+        if rows is not None:
+            teacher_prompts, has_context = self._collator.prompts(rows, prompts)
+            teacher_ids = self._tokenize_prompts(teacher_prompts)[0]
+            check_length([len(ids) for ids in teacher_ids], self.max_completion_length, self._positions())
+            self._teacher_prompts = (teacher_ids, has_context)
+            if not self._prompts_shown and any(has_context):
+                student_ids = self._tokenize_prompts(prompts)[0]
+                first = has_context.index(True)
+                self._show_prompts(rows[first], student_ids[first], teacher_ids[first])
+        generated = super()._generate(prompts)
+        if rows is not None and self.rollout_func is not None and not self._rollout_checked:
+            self._check_rollout(prompts, student_ids, generated[0])
+        return generated
+
+    def _check_rollout(self, prompts: list, student_ids: list[list[int]] | None, rollout_ids: list[list[int]]) -> None:
+        self._rollout_checked = True
+        if [list(ids) for ids in rollout_ids] != [
+            list(ids) for ids in student_ids or self._tokenize_prompts(prompts)[0]
+        ]:
+            logger.warning(
+                "`rollout_func` samples from another prompt than the one that the trainer renders. The teacher reads "
+                "the trainer's, so the gain also measures that difference: render the prompt in `rollout_func` as "
+                "the trainer does (same chat template, tools and chat_template_kwargs)."
+            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.model.training and self._teacher_is_used):
             return super()._generate_and_score_completions(inputs)
-        if not self._prompts_shown and self.environment_factories is None:
-            self._check_stream(inputs)
         # lambda may be 0 now and positive when the batch's last slice is used
         wanted = not self._credit.uses_lambda or any(self._lambda(step) > 0 for step in self._steps_of_batch())
-        self._rows = inputs if wanted else None
+        self._rows = inputs if wanted or not self._prompts_shown else None
         try:
             batch = super()._generate_and_score_completions(inputs)
             if wanted:
                 self._score_with_teacher(batch, *self._teacher_prompts)
             else:
-                rows = len(inputs)
-                self._credit_metrics.add({"skipped": (rows, rows)})
+                self._credit_metrics.add({"skipped": (len(inputs), len(inputs))})
         finally:
             self._rows = self._teacher_prompts = None
         return batch
-
-    def _check_stream(self, rows: list[dict[str, Any]]) -> None:
-        """The self-check of a dataset that could not be looked at before: on the first rows that it gives."""
-        first, _ = self._collator.first_and_longest(rows)
-        if first is not None:
-            self._show_prompts(rows[first])
 
     def _steps_of_batch(self) -> range:
         """The optimizer steps, from now on, in which slices of the batch that is generated now can be used."""
@@ -310,34 +310,28 @@ class RLSDTrainer(GRPOTrainer):
         """Add `teacher_logps` (B, T) and `teacher_scored` (B,) to the batch.
 
         Scored are the rows with context, with a token that counts, and, if the credit is a multiple of the advantage,
-        with A != 0. The others are never run through the model.
+        with an advantage that is not 0. The others are never run through the model.
         """
         started = time.perf_counter()
         ids, mask = batch["completion_ids"], batch["completion_mask"]
-        counted = (mask if "tool_mask" not in batch else mask * batch["tool_mask"]).any(dim=1)
-        context = torch.tensor(has_context, device=ids.device)
-        scored = context & counted
+        scored = torch.tensor(has_context, device=ids.device) & self._credited_mask(batch).any(dim=1)
         if self._credit.teacher_rows == "nonzero_advantage":
-            scored &= batch["advantages"] != 0
+            scored &= self._informative(batch["advantages"])
         chosen = scored.nonzero().squeeze(1)
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        # With sharded weights every forward is a collective call: a rank with fewer rows runs its first row again.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        size = self.args.per_device_train_batch_size
-        chunks = list(chosen.split(size)) if len(chosen) else []
-        if sharded:
-            most = self.accelerator.gather(torch.tensor([len(chunks)], device=ids.device)).max().item()
-            chunks += [torch.zeros(1, dtype=torch.long, device=ids.device)] * (most - len(chunks))
+        chunks = list(chosen.split(self.args.per_device_train_batch_size)) if len(chosen) else []
+        own = len(chunks)
+        if self._sharded():  # every forward is a collective call: a rank with fewer rows runs its first row again
+            most = self.accelerator.gather(torch.tensor([own], device=ids.device)).max().item()
+            chunks += [torch.zeros(1, dtype=torch.long, device=ids.device)] * (most - own)
         if chunks:
             with self.teacher.weights(self.model) as model, scoring(model):
                 for position, rows in enumerate(chunks):
-                    teacher_ids, teacher_mask = teacher_inputs(
+                    inputs = teacher_inputs(
                         [prompt_ids[row] for row in rows.tolist()], ids[rows], mask[rows], self._tokenizer.pad_token_id
                     )
-                    scores, _, _ = self._get_per_token_logps_and_entropies(
-                        model, teacher_ids, teacher_mask, ids.size(1)
-                    )
-                    if position * size < len(chosen):
+                    scores, _, _ = self._get_per_token_logps_and_entropies(model, *inputs, ids.size(1))
+                    if position < own:
                         logps[rows] = scores.float()
         batch["teacher_logps"], batch["teacher_scored"] = logps, scored
         rows = len(prompt_ids)
@@ -349,12 +343,25 @@ class RLSDTrainer(GRPOTrainer):
             {"no_context": (without, rows), "skipped": (rows - len(chosen), rows), "teacher_seconds": (seconds, 1)}
         )
 
+    def _informative(self, advantages: torch.Tensor) -> torch.Tensor:
+        """The rows (B,) whose advantage the credit multiplies. The mean of a group of equal rewards misses them by a
+        rounding error, which TRL divides by a standard deviation of about 1e-4: 8 rewards of 0.1 give A = -7e-5."""
+        rounding = 1e-6 if self.args.scale_rewards == "none" else 1e-3
+        if self.args.rlsd_negative_only:
+            return advantages < -rounding
+        return advantages.abs() > rounding
+
+    def _credited_mask(self, batch: dict[str, Any]) -> torch.Tensor:
+        return batch["completion_mask"] * batch.get("tool_mask", 1)
+
     def _compute_loss(self, model, inputs):
         lam = self._lambda(self.state.global_step)
-        if self._credit.uses_lambda and self.model.training:
+        training = self.model.training
+        if self._credit.uses_lambda and training:
             self._credit_metrics.add({"lambda": (lam, 1)})
         # With lambda 0 the batch stays as GRPO made it, (B,) advantages included: the same run, bit for bit.
-        if "teacher_logps" not in inputs or (self._credit.uses_lambda and lam == 0):
+        plain = self._credit.name == "grpo" or (self._credit.uses_lambda and lam == 0)
+        if plain or not training or (self._teacher_is_used and "teacher_logps" not in inputs):
             return super()._compute_loss(model, inputs)
         # a copy: the buffered batch is used again when num_iterations > 1, and credit must not be put upon credit
         inputs = dict(inputs)
@@ -373,16 +380,22 @@ class RLSDTrainer(GRPOTrainer):
         return outputs
 
     def _token_credit(self, inputs: dict[str, Any], student_logps: torch.Tensor) -> torch.Tensor:
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        scored = inputs["teacher_scored"]
-        tensors = (inputs["advantages"], student_logps, inputs["teacher_logps"])
-        clip_range = self.args.rlsd_reweight_clip_range
-        self._credit_metrics.add(credit_metrics(*tensors, mask * scored.unsqueeze(1), clip_range=clip_range))
+        advantages, mask, clip_range = (
+            inputs["advantages"],
+            self._credited_mask(inputs),
+            self.args.rlsd_reweight_clip_range,
+        )
+        teacher_logps, scored = inputs.get("teacher_logps", student_logps), inputs.get("teacher_scored")
+        if scored is not None:
+            counted = mask * scored.unsqueeze(1)
+            gains = gain(student_logps, teacher_logps, counted)
+            weights = clipped_weight(gains, advantages, clip_range)
+            self._credit_metrics.add(credit_metrics(advantages, gains, *weights, counted))
         return token_advantages(
             self._credit,
-            *tensors,
+            advantages,
+            student_logps,
+            teacher_logps,
             mask,
             scored,
             lam=self._lambda(self.state.global_step),
@@ -404,11 +417,28 @@ class RLSDTrainer(GRPOTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._teacher_is_used and self.args.should_save:
             self.teacher.save(output_dir)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            # Some completions of the last generation are still to be used. TRL 1.16 forgets them and its place among
+            # them: the resumed run would generate again, and differ from the uninterrupted one.
+            state = {"step": self._step, "processes": self.accelerator.num_processes, "batches": self._buffered_inputs}
+            os.makedirs(output_dir, exist_ok=True)  # ranks other than the first may be here before it is made
+            torch.save(state, self._rollouts_file(output_dir))
+
+    def _rollouts_file(self, folder: str) -> str:
+        return os.path.join(folder, f"rlsd_rollouts_{self.accelerator.process_index}.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called on resume, once the student's weights are loaded and before training begins.
         super()._load_optimizer_and_scheduler(checkpoint)
-        if not self._teacher_is_used or checkpoint is None or self.teacher.load(checkpoint):
+        if checkpoint is None:
+            return
+        if os.path.isfile(self._rollouts_file(checkpoint)):
+            state = torch.load(
+                self._rollouts_file(checkpoint), map_location=self.accelerator.device, weights_only=True
+            )
+            if state["processes"] == self.accelerator.num_processes:
+                self._step, self._buffered_inputs = state["step"], state["batches"]
+        if not self._teacher_is_used or self.teacher.load(checkpoint):
             return
         if os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
             raise ValueError(

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 def reasoning_gym_reward(
-    prompts: list, completions: list, reasoning_gym: list[str], **columns: Any
+    prompts: list,
+    completions: list,
+    reasoning_gym: list[str | None],
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
 ) -> list[float | None]:
     """The scorer's verdict on each completion's answer; 1 is right. Scorers may give partial credit.
 
     The answer is the last `<answer>...</answer>`; else, where the reference is a number, the last number in the text;
-    else the whole text. Rows of other tasks, with None in `reasoning_gym`, get None.
+    else the whole text. Rows of other tasks, with None in `reasoning_gym`, get None. So does a completion on which the
+    scorer itself fails: that is no wrong answer. TRL's `log_metric` then counts it as `reasoning_gym_failures`.
     """
-    return [
-        None if problem is None else score(_text(completion), json.loads(problem))
-        for completion, problem in zip(completions, reasoning_gym, strict=True)
-    ]
+    rewards: list[float | None] = []
+    failures = 0
+    for completion, problem in zip(completions, reasoning_gym, strict=True):
+        try:
+            rewards.append(None if problem is None else score(_text(completion), json.loads(problem)))
+        except Exception:
+            logger.warning("reasoning-gym's scorer failed on a completion.", exc_info=True)
+            rewards.append(None)
+            failures += 1
+    if log_metric is not None:
+        log_metric("reasoning_gym_failures", failures)
+    return rewards
 
 
 def score(text: str, entry: dict[str, Any]) -> float:
