@@ -259,6 +259,15 @@ def test_no_forward_is_spent_where_the_teacher_cannot_matter(tmp_path):
     assert forwards(trainer(tmp_path, credit="opsd", **{**base, "reward": constant})) == 8
 
 
+def test_a_batch_that_lambda_reaches_only_at_its_last_slice_is_scored(tmp_path):
+    """Generated at lambda 0, used up at lambda 0.5: the teacher must have been asked when the batch was made."""
+    built = trainer(tmp_path, reward=varied, steps_per_generation=2, rlsd_lambda_warmup_steps=1, max_steps=2)
+    batches = captured_credit(built)
+    assert [log["rlsd/lambda"] for log in built.state.log_history[:-1]] == pytest.approx([0.0, 0.5], abs=0.02)
+    assert len(batches) == 1
+    assert batches[0]["teacher_scored"].all()
+
+
 def test_rounding_errors_are_not_advantages(tmp_path):
     """Eight rewards of 0.1 have a mean of 0.1 - 7e-9, and TRL's advantages are then -7e-5, not 0."""
     built = trainer(
