@@ -14,7 +14,7 @@ LEVELS = [
     {"cli"},
     {"quickstart", "train"},
     {"trainer"},
-    {"config", "teacher", "collator", "checks"},
+    {"config", "teacher", "collator", "checks", "rollouts"},
     {"credit", "metrics", "rewards", "data"},
 ]
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")

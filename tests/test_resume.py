@@ -67,6 +67,14 @@ def test_resume_is_exact_also_while_completions_are_left_to_use(tmp_path, option
         assert_same(weights(straight.model), weights(resumed.model))
 
 
+def test_unused_completions_of_another_layout_are_left(tmp_path, caplog):
+    build(tmp_path, "synced", False, steps_per_generation=4).train()
+    resumed = build(tmp_path, "synced", False, steps_per_generation=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "new ones are generated" in caplog.text
+    assert resumed.state.global_step == STEPS
+
+
 def test_the_teachers_state_is_what_makes_the_difference(tmp_path):
     """Without it the resumed run would differ: the tests above would not pass by chance."""
     straight = build(tmp_path, "synced", False)

@@ -9,6 +9,7 @@ The rooms, upper ones import lower ones only:
     config     RLSDConfig: fields and their ranges
     teacher    whose weights score: live, synced, ema, base, external
     collator   the privileged prompt that the teacher reads
+    rollouts   completions that a checkpoint keeps for later use
     checks     what is refused before anything is loaded or generated
     metrics    credit diagnostics
     credit     the maths: gain, token credit, the lambda schedule

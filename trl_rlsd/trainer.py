@@ -38,6 +38,7 @@ from trl_rlsd.collator import PrivilegedPromptCollator, check_length, teacher_in
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import clipped_weight, gain, get_credit, lambda_at, token_advantages
 from trl_rlsd.metrics import MetricSums, credit_metrics
+from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts
 from trl_rlsd.teacher import STATE_FILE, CopyTeacher, TeacherCallback, build_teacher, load_external, scoring
 
 
@@ -265,9 +266,8 @@ class RLSDTrainer(GRPOTrainer):
 
     def _check_rollout(self, prompts: list, student_ids: list[list[int]] | None, rollout_ids: list[list[int]]) -> None:
         self._rollout_checked = True
-        if [list(ids) for ids in rollout_ids] != [
-            list(ids) for ids in student_ids or self._tokenize_prompts(prompts)[0]
-        ]:
+        student_ids = student_ids or self._tokenize_prompts(prompts)[0]
+        if any(list(a) != list(b) for a, b in zip(rollout_ids, student_ids, strict=True)):
             logger.warning(
                 "`rollout_func` samples from another prompt than the one that the trainer renders. The teacher reads "
                 "the trainer's, so the gain also measures that difference: render the prompt in `rollout_func` as "
@@ -418,26 +418,23 @@ class RLSDTrainer(GRPOTrainer):
         if self._teacher_is_used and self.args.should_save:
             self.teacher.save(output_dir)
         if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
-            # Some completions of the last generation are still to be used. TRL 1.16 forgets them and its place among
-            # them: the resumed run would generate again, and differ from the uninterrupted one.
-            state = {"step": self._step, "processes": self.accelerator.num_processes, "batches": self._buffered_inputs}
-            os.makedirs(output_dir, exist_ok=True)  # ranks other than the first may be here before it is made
-            torch.save(state, self._rollouts_file(output_dir))
-
-    def _rollouts_file(self, folder: str) -> str:
-        return os.path.join(folder, f"rlsd_rollouts_{self.accelerator.process_index}.pt")
+            # some completions of the last generation are still to be used
+            path = rollouts_file(output_dir, self.accelerator.process_index)
+            save_rollouts(path, self._step, self._buffered_inputs, self.accelerator.num_processes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called on resume, once the student's weights are loaded and before training begins.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if os.path.isfile(self._rollouts_file(checkpoint)):
-            state = torch.load(
-                self._rollouts_file(checkpoint), map_location=self.accelerator.device, weights_only=True
-            )
-            if state["processes"] == self.accelerator.num_processes:
-                self._step, self._buffered_inputs = state["step"], state["batches"]
+        rollouts = load_rollouts(
+            rollouts_file(checkpoint, self.accelerator.process_index),
+            self.accelerator.num_processes,
+            self.args.steps_per_generation,
+            self.accelerator.device,
+        )
+        if rollouts is not None:
+            self._step, self._buffered_inputs = rollouts
         if not self._teacher_is_used or self.teacher.load(checkpoint):
             return
         if os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
