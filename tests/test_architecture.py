@@ -14,7 +14,8 @@ LEVELS = [
     {"cli"},
     {"quickstart", "train"},
     {"trainer"},
-    {"config", "teacher", "collator", "checks", "rollouts"},
+    {"teacher_pass", "prompt_check"},
+    {"config", "teacher", "external", "collator", "losses", "checks", "rollouts"},
     {"credit", "metrics", "rewards", "data"},
 ]
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")

@@ -155,7 +155,7 @@ class Records(logging.Handler):
 @pytest.mark.parametrize("conversational", [False, True])
 def test_the_self_check_shows_both_prompts_once(tmp_path, conversational):
     handler = Records()
-    logger = logging.getLogger("trl_rlsd.trainer")
+    logger = logging.getLogger("trl_rlsd")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -146,7 +146,8 @@ def test_every_field_has_help():
     assert own == {
         "credit", "rlsd_lambda", "rlsd_lambda_warmup_steps", "rlsd_lambda_decay_steps", "rlsd_reweight_clip_range",
         "rlsd_negative_only", "teacher_model_kind", "teacher_sync_steps", "teacher_update_rate", "privileged_column",
-        "teacher_prompt_template", "teacher_offload",
+        "teacher_prompt_template", "teacher_offload", "teacher_token_budget", "teacher_shared_prefix",
+        "use_liger_loss",
     }  # fmt: skip
     assert all(RLSDConfig.__dataclass_fields__[name].metadata["help"] for name in own)
 

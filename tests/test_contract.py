@@ -36,17 +36,24 @@ SUBMODULES = [
     "accelerate.commands.launch.launch_command",
     "accelerate.commands.launch.launch_command_parser",
     "accelerate.logging.get_logger",
+    "accelerate.utils.DistributedType",
     "accelerate.utils.is_peft_model",
+    "transformers.cache_utils.Cache",
+    "transformers.cache_utils.DynamicLayer",
+    "transformers.cache_utils.DynamicSlidingWindowLayer",
     "transformers.trainer.OPTIMIZER_NAME",
     "transformers.trainer_callback.PrinterCallback",
     "transformers.trainer_callback.ProgressCallback",
+    "transformers.utils.ModelOutput",
     "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "trl.data_utils.is_conversational",
+    "trl.kernels.ChunkedLogProbFunction",
     "trl.models.utils.prepare_deepspeed",
     "trl.models.utils.prepare_fsdp",
     "trl.trainer.utils.add_fused_lm_head",
     "trl.trainer.utils.create_model_from_path",
     "trl.trainer.utils.get_config_model_id",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx",
 ]
 METHODS = [name for name in PRIVATE if callable(getattr(GRPOTrainer, name, None))]
 
@@ -78,7 +85,17 @@ def test_no_name_of_ours_shadows_one_of_trls():
     ours = {name for name, value in vars(RLSDTrainer).items() if callable(value)} - extended
     assert not {name for name in ours if hasattr(GRPOTrainer, name)}
     attributes = vars(trainer_attributes())
-    own = {"_rows", "_teacher_prompts", "_uncredited", "_prompts_shown", "_credit", "_collator", "_credit_metrics"}
+    own = {
+        "_rows",
+        "_teacher_prompts",
+        "_loss_inputs",
+        "_fused",
+        "_teacher_pass",
+        "_prompt_check",
+        "_credit",
+        "_collator",
+        "_credit_metrics",
+    }
     assert (own | {"_teacher_is_used", "teacher"}).isdisjoint(attributes)
 
 
@@ -90,7 +107,7 @@ def trainer_attributes():
 
 
 @pytest.mark.parametrize("peft", [False, True])
-def test_the_loss_reads_the_advantages_after_the_students_forward(tmp_path, peft):
+def test_the_loss_reads_the_advantages_after_the_students_forward(tmp_path, peft, monkeypatch):
     built = trainer(tmp_path, peft_config=lora() if peft else None, credit="grpo", max_steps=1)
     order = []
 
@@ -100,8 +117,8 @@ def test_the_loss_reads_the_advantages_after_the_students_forward(tmp_path, peft
                 order.append("advantages")
             return super().__getitem__(key)
 
-    loss, forward = built._compute_loss, built._get_per_token_logps_and_entropies
-    built._compute_loss = lambda model, inputs: loss(model, Watched(inputs))
+    loss, forward = GRPOTrainer._compute_loss, built._get_per_token_logps_and_entropies
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: loss(self, model, Watched(inputs)))
 
     def watched_forward(*args, **kwargs):
         order.append("forward")
@@ -201,7 +218,7 @@ def test_the_trainer_runs_without_our_init():
     """TRL's own tests build trainers with object.__new__ and call methods that pass through `_generate`."""
     bare = object.__new__(RLSDTrainer)
     assert bare._rows is None
-    assert bare._uncredited is None
+    assert bare._loss_inputs is None
     assert inspect.getattr_static(Trainer, "_save_optimizer_and_scheduler")
 
 

@@ -7,7 +7,11 @@ The rooms, upper ones import lower ones only:
     quickstart a small, real run from nothing to a trained adapter
     trainer    RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
     config     RLSDConfig: fields and their ranges
+    teacher_pass  which completions are scored together, and what is encoded once
+    prompt_check  what both will read, rendered and shown before anything is generated
     teacher    whose weights score: live, synced, ema, base, external
+    external   another model as teacher: loaded, checked, placed
+    losses     the clipped surrogate: a plain specification, and its fused twin on Liger's base
     collator   the privileged prompt that the teacher reads
     rollouts   completions that a checkpoint keeps for later use
     checks     what is refused before anything is loaded or generated

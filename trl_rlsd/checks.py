@@ -53,6 +53,57 @@ def check_column(dataset: Any, column: str) -> None:
         )
 
 
+def check_processing(processing_class: Any, is_vlm: bool, has_template: bool, conversational: bool) -> None:
+    """What turns rows into prompts must be able to do so for the teacher too.
+
+    Raises: ValueError.
+    """
+    if is_vlm:
+        raise ValueError(
+            f"{type(processing_class).__name__} is a processor: token credit for vision-language models is not "
+            "supported yet. Pass the tokenizer for text-only training, or credit='grpo'."
+        )
+    if conversational and not has_template:
+        raise ValueError(
+            "processing_class has no chat template, but the dataset's prompts are conversational. Set "
+            "`tokenizer.chat_template`, or give plain-text prompts."
+        )
+
+
+def check_copies(kind: str, copies: bool, sharded: bool, offload: bool) -> str | None:
+    """Teachers that copy weights cannot copy shards yet; offloading needs something to offload.
+
+    Returns: a warning, or None. Raises: ValueError.
+    """
+    if sharded and copies:
+        raise ValueError(
+            f"teacher_model_kind={kind!r} with FSDP or ZeRO-3: a copy of sharded weights is not supported yet. Use "
+            "'live', 'base' with LoRA, or 'external'; or DDP or ZeRO-2."
+        )
+    if offload and not copies:
+        return f"teacher_offload=True has no effect: teacher_model_kind={kind!r} keeps no copy of the weights."
+    return None
+
+
+def check_head(head: nn.Module, has_router_loss: bool) -> None:
+    """Which LM heads the fused loss can read: a plain linear layer, without an adapter and not quantised.
+
+    Raises: ValueError.
+    """
+    alternative = "Leave use_liger_loss=False: the loss then runs through TRL's fused head."
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        raise ValueError(
+            f"use_liger_loss=True needs a plain linear LM head, this one is {type(head).__name__} ("
+            f"{head.weight.dtype}): the fused loss would go past its adapter or quantisation. Take `lm_head` out of "
+            f"target_modules and modules_to_save. Or: {alternative}"
+        )
+    if has_router_loss:
+        raise ValueError(
+            "use_liger_loss=True with router_aux_loss_coef != 0: the fused forward does not return the router's "
+            f"load-balancing loss. Set router_aux_loss_coef=0. Or: {alternative}"
+        )
+
+
 def position_warning(model_type: str) -> str | None:
     """TRL 1.16 passes no position ids, so left padding moves the positions where they are learned."""
     if model_type not in ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt"):

@@ -169,12 +169,19 @@ def teacher_inputs(
     """
     if len(prompt_ids) != completion_ids.size(0):
         raise ValueError(f"{len(prompt_ids)} teacher prompts for {completion_ids.size(0)} completions.")
+    ids, mask = left_padded(prompt_ids, pad_token_id, completion_ids, completion_mask)
+    return torch.cat([ids, completion_ids], dim=1), torch.cat([mask, completion_mask], dim=1)
+
+
+def left_padded(
+    prompt_ids: Sequence[Sequence[int]], pad_token_id: int, like_ids: torch.Tensor, like_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as ids and mask (B, P'), padded on the left, with the dtypes and device of the tensors given."""
     width = max(len(ids) for ids in prompt_ids)
     padded = [[pad_token_id] * (width - len(ids)) + list(ids) for ids in prompt_ids]
     masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids]
-    ids = torch.tensor(padded, dtype=completion_ids.dtype, device=completion_ids.device)
-    mask = torch.tensor(masks, dtype=completion_mask.dtype, device=completion_mask.device)
-    return torch.cat([ids, completion_ids], dim=1), torch.cat([mask, completion_mask], dim=1)
+    ids = torch.tensor(padded, dtype=like_ids.dtype, device=like_ids.device)
+    return ids, torch.tensor(masks, dtype=like_mask.dtype, device=like_mask.device)
 
 
 def check_length(lengths: Sequence[int], max_completion_length: int, positions: int | None) -> None:

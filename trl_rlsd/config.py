@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from numbers import Real
 
 from trl import GRPOConfig
@@ -97,6 +98,27 @@ class RLSDConfig(GRPOConfig):
             "'ema', 'base'). With LoRA that copy is the adapter alone."
         },
     )
+    teacher_token_budget: int = field(
+        default=16384,
+        metadata={
+            "help": "Tokens, padding included, that go through the teacher at once. Lower it where the teacher pass "
+            "runs out of memory; a longer row goes alone."
+        },
+    )
+    teacher_shared_prefix: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Encode a privileged prompt once for all of its completions. None: where that saves time; True: "
+            "always; False: never. Models that cannot (recurrent or hybrid caches) score whole rows and say so."
+        },
+    )
+    use_liger_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the loss through Liger's chunked base, with the gradients in the forward, instead of TRL's "
+            "fused LM head. Needs liger-kernel."
+        },
+    )
 
     def __post_init__(self):
         # Before super(): a mistake in one of our own fields is told without the start-up of Accelerate.
@@ -125,15 +147,18 @@ class RLSDConfig(GRPOConfig):
             ("rlsd_lambda_warmup_steps", 0),
             ("rlsd_lambda_decay_steps", 0),
             ("teacher_sync_steps", 1),
+            ("teacher_token_budget", 1),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a whole number of steps.")
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a whole number.")
             if value < low:
                 raise ValueError(f"{name}={value!r} is out of range; it must be at least {low}.")
-        for name in ("rlsd_negative_only", "teacher_offload"):
+        for name in ("rlsd_negative_only", "teacher_offload", "use_liger_loss"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.teacher_shared_prefix not in (None, True, False):
+            raise TypeError(f"teacher_shared_prefix={self.teacher_shared_prefix!r} must be True, False or None.")
         for name in ("credit", "teacher_model_kind", "privileged_column", "teacher_prompt_template"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
@@ -144,7 +169,27 @@ class RLSDConfig(GRPOConfig):
             )
         get_credit(self.credit)
 
+    def _check_liger_loss(self) -> None:
+        if find_spec("liger_kernel") is None:
+            raise ValueError(
+                "use_liger_loss=True needs liger-kernel, which is not installed: pip install 'trl-rlsd[liger]'. Or "
+                "leave it False: the loss then runs through TRL's fused head."
+            )
+        for name, neutral in (
+            ("top_entropy_quantile", 1.0),
+            ("entropy_coef", 0.0),
+            ("use_adaptive_entropy", False),
+            ("off_policy_mask_threshold", None),
+        ):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"use_liger_loss=True does not support {name}={getattr(self, name)!r}: the fused loss has its "
+                    f"gradients before TRL's body reads that field. Leave {name}={neutral!r}, or use_liger_loss=False."
+                )
+
     def _check_combinations(self) -> None:
+        if self.use_liger_loss:
+            self._check_liger_loss()
         credit = get_credit(self.credit)
         if credit.name == "grpo":  # one advantage a row, as TRL has it
             return

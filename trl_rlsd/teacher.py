@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from transformers import TrainerCallback
 
 
 STATE_FILE = "rlsd_teacher.safetensors"
@@ -36,6 +35,8 @@ class Teacher:
     Args:
         student: the unwrapped model that is trained, a PEFT model or not.
     """
+
+    copies = False  # whether it keeps weights of its own, apart from the student's
 
     def __init__(self, student: nn.Module):
         self.student = student
@@ -118,6 +119,8 @@ class CopyTeacher(Teacher):
     Raises:
         ValueError: nothing is trainable.
     """
+
+    copies = True
 
     def __init__(self, student: nn.Module, kind: str, *, sync_steps: int, update_rate: float, offload: bool):
         super().__init__(student)
@@ -267,58 +270,6 @@ def build_teacher(
     if kind == "base" and is_peft:
         return AdapterOffTeacher(student)
     return CopyTeacher(student, kind, sync_steps=sync_steps, update_rate=update_rate, offload=offload)
-
-
-def load_external(
-    teacher_model: str | PreTrainedModel, student: nn.Module, tokenizer: PreTrainedTokenizerBase, **init_kwargs
-) -> PreTrainedModel:
-    """The model of an `external` teacher, once it is known that its token ids mean the student's tokens.
-
-    Raises:
-        ValueError: it is the student itself, or has another vocabulary.
-    """
-    if teacher_model is student:
-        raise ValueError(
-            "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
-        )
-    given = isinstance(teacher_model, str)
-    try:
-        path = teacher_model if given else get_config_model_id(teacher_model.config)
-        teacher_tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=init_kwargs.get("trust_remote_code", False)
-        )
-    except (OSError, ValueError):  # a model made in code has no files, and its tokenizer is not known
-        teacher_tokenizer = None
-    if given:
-        teacher_model = create_model_from_path(teacher_model, **init_kwargs)
-    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher_model)]
-    check_vocabularies(tokenizer, teacher_tokenizer, *sizes)
-    return teacher_model
-
-
-def check_vocabularies(
-    tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None, size: int, teacher_size: int
-) -> None:
-    """Every token of the student must have the same id in the teacher. A teacher may know more, and the two heads may
-    be padded to different sizes; where the teacher's tokenizer is not known, only equal sizes are taken.
-
-    Raises: ValueError.
-    """
-    consequence = (
-        "log-probs of the same token ids would mean other tokens. Use a teacher of the student's model family."
-    )
-    if teacher is not None:
-        known = teacher.get_vocab()
-        other = [token for token, index in tokenizer.get_vocab().items() if known.get(token) != index]
-        if other:
-            raise ValueError(
-                f"teacher_model has another vocabulary ({len(teacher)} tokens) than the student ({len(tokenizer)}), "
-                f"first difference {other[0]!r}: {consequence}"
-            )
-    elif size != teacher_size:
-        raise ValueError(
-            f"teacher_model has a vocabulary of {teacher_size} tokens, the student one of {size}: {consequence}"
-        )
 
 
 @contextmanager

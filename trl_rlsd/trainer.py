@@ -9,7 +9,9 @@ body is repeated here; these are extended, each through `super()`:
     _generate_and_score_completions      after it: the teacher scores the completions that matter
     _compute_loss                        hands TRL a copy of the batch, in which ...
     _get_per_token_logps_and_entropies   ... the advantages become token advantages as soon as the student's log-probs
-                                         of this very forward are there: TRL reads the advantages after them
+                                         of this very forward are there: TRL reads the advantages after them. With
+                                         use_liger_loss that forward takes the fused loss; TRL's body then works on
+                                         log-probs without gradient, for its metrics
     log                                  the rlsd/* metrics
     _save/_load_optimizer_and_scheduler  teacher and unused completions travel with the optimizer's state
 """
@@ -20,6 +22,7 @@ import os
 import textwrap
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +33,28 @@ from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import add_fused_lm_head, get_config_model_id
+from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
-from trl_rlsd.checks import check_column, check_teacher_model, dropout_warning, position_warning, sampler_warning
-from trl_rlsd.collator import PrivilegedPromptCollator, check_length, teacher_inputs
+from trl_rlsd.checks import (
+    check_column,
+    check_copies,
+    check_head,
+    check_processing,
+    check_teacher_model,
+    dropout_warning,
+    position_warning,
+    sampler_warning,
+)
+from trl_rlsd.collator import PrivilegedPromptCollator
 from trl_rlsd.config import RLSDConfig
-from trl_rlsd.credit import clipped_weight, gain, get_credit, lambda_at, token_advantages
+from trl_rlsd.credit import clipped_weight, gain, get_credit, informative, lambda_at, token_advantages
+from trl_rlsd.external import load_external, prepare_external
+from trl_rlsd.losses import FusedLoss, Surrogate, SurrogateBatch, add_fused_loss, check_finite, entropies, row_factors
 from trl_rlsd.metrics import MetricSums, credit_metrics
+from trl_rlsd.prompt_check import PromptCheck
 from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts
-from trl_rlsd.teacher import STATE_FILE, CopyTeacher, TeacherCallback, build_teacher, load_external, scoring
+from trl_rlsd.teacher import STATE_FILE, Teacher, TeacherCallback, build_teacher, scoring
+from trl_rlsd.teacher_pass import TeacherPass, resolve_sharing
 
 
 logger = get_logger(__name__)
@@ -95,9 +110,8 @@ class RLSDTrainer(GRPOTrainer):
     # Class attributes, so that a trainer made without __init__ (as in TRL's own tests) still runs TRL's methods.
     _rows: list[Mapping[str, Any]] | None = None
     _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
-    _uncredited: dict[str, Any] | None = None
-    _prompts_shown = False
-    _rollout_checked = False
+    _loss_inputs: dict[str, Any] | None = None
+    _fused: FusedLoss | None = None
 
     def __init__(
         self,
@@ -129,37 +143,28 @@ class RLSDTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
         self._credit_metrics = MetricSums(self.accelerator.device)
+        if args.use_liger_loss:
+            self._prepare_liger_loss()
         if not self._teacher_is_used:
             return
         self._check_setup()
-        student = self.accelerator.unwrap_model(self.model)
-        external = self._prepare_external(teacher_model) if teacher_model is not None else None
-        self.teacher = build_teacher(
-            args.teacher_model_kind,
-            student,
-            is_peft=is_peft_model(student),
-            sync_steps=args.teacher_sync_steps,
-            update_rate=args.teacher_update_rate,
-            offload=args.teacher_offload,
-            external=external,
-        )
-        self._check_teacher()
+        self.teacher = self._build_teacher(teacher_model)
         self.add_callback(TeacherCallback(self.teacher))
+        self._teacher_pass = self._build_teacher_pass()
+        self._prompt_check = PromptCheck(
+            self._collator,
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+            self._tokenizer,
+            self.max_completion_length,
+            self._positions(),
+        )
 
     # ------------------------------------------------------------------ checks, before anything is generated
 
     def _check_setup(self) -> None:
-        if self._is_vlm:
-            raise ValueError(
-                f"{type(self.processing_class).__name__} is a processor: token credit for vision-language models is "
-                "not supported yet. Pass the tokenizer for text-only training, or credit='grpo'."
-            )
         row = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) else {}
-        if is_conversational(row) and not (self.chat_template or self._tokenizer.chat_template):
-            raise ValueError(
-                "processing_class has no chat template, but the dataset's prompts are conversational. Set "
-                "`tokenizer.chat_template`, or give plain-text prompts."
-            )
+        has_template = bool(self.chat_template or self._tokenizer.chat_template)
+        check_processing(self.processing_class, self._is_vlm, has_template, is_conversational(row))
         model_type = self.model.config.get_text_config().model_type
         for warning in (dropout_warning(self.model), sampler_warning(self.args), position_warning(model_type)):
             if warning:
@@ -169,70 +174,65 @@ class RLSDTrainer(GRPOTrainer):
         zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         return self.is_fsdp_enabled or zero_3
 
-    def _check_teacher(self) -> None:
-        if self._sharded() and isinstance(self.teacher, CopyTeacher):
-            raise ValueError(
-                f"teacher_model_kind={self.args.teacher_model_kind!r} with FSDP or ZeRO-3: a copy of sharded weights "
-                "is not supported yet. Use 'live', 'base' with LoRA, or 'external'; or DDP or ZeRO-2."
+    def _build_teacher(self, teacher_model: str | PreTrainedModel | None) -> Teacher:
+        student, args = self.accelerator.unwrap_model(self.model), self.args
+        if teacher_model is not None:
+            teacher_model = load_external(
+                teacher_model,
+                student,
+                self._tokenizer,
+                dtype=student.dtype,
+                attn_implementation=student.config._attn_implementation,
+                trust_remote_code=args.trust_remote_code,
             )
-        if self.args.teacher_offload and not isinstance(self.teacher, CopyTeacher):
-            logger.warning(
-                f"teacher_offload=True has no effect: teacher_model_kind={self.args.teacher_model_kind!r} keeps no "
-                "copy of the weights."
+            teacher_model = prepare_external(
+                teacher_model, self.accelerator, self.temperature, args.cast_lm_head_to_fp32
             )
-
-    def _prepare_external(self, teacher_model: str | PreTrainedModel) -> PreTrainedModel:
-        student = self.accelerator.unwrap_model(self.model)
-        teacher_model = load_external(
-            teacher_model,
+        teacher = build_teacher(
+            args.teacher_model_kind,
             student,
-            self._tokenizer,
-            dtype=student.dtype,
-            attn_implementation=student.config._attn_implementation,
-            trust_remote_code=self.args.trust_remote_code,
+            is_peft=is_peft_model(student),
+            sync_steps=args.teacher_sync_steps,
+            update_rate=args.teacher_update_rate,
+            offload=args.teacher_offload,
+            external=teacher_model,
         )
-        add_fused_lm_head(
-            teacher_model.get_base_model() if is_peft_model(teacher_model) else teacher_model,
-            temperature=self.temperature,
-            cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
+        warning = check_copies(args.teacher_model_kind, teacher.copies, self._sharded(), args.teacher_offload)
+        if warning:
+            logger.warning(warning)
+        return teacher
+
+    def _prepare_liger_loss(self) -> None:
+        student = self.accelerator.unwrap_model(self.model)
+        student = student.get_base_model() if is_peft_model(student) else student
+        check_head(student.get_output_embeddings(), self.aux_loss_enabled)
+        add_fused_loss(student, maybe_gather_lm_head_ctx)
+
+    def _build_teacher_pass(self) -> TeacherPass:
+        scored = self.teacher.model if self.args.teacher_model_kind == "external" else self.model
+        share = resolve_sharing(
+            self.args.teacher_shared_prefix, self.accelerator.unwrap_model(scored), self._sharded()
         )
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher_model, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(teacher_model, self.accelerator)
-        return self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+
+        def token_logps(model, ids, mask, tokens):
+            return super(RLSDTrainer, self)._get_per_token_logps_and_entropies(model, ids, mask, tokens)[0]
+
+        def most(count: int) -> int:
+            return self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max().item()
+
+        return TeacherPass(
+            token_logps,
+            self.accelerator.autocast,
+            self._tokenizer.pad_token_id,
+            budget=self.args.teacher_token_budget,
+            share=share,
+            equalize=most if self._sharded() else None,
+        )
 
     def train(self, *args, **kwargs):
         if self._teacher_is_used and isinstance(self.train_dataset, Dataset) and self.environment_factories is None:
-            self._check_dataset(self.train_dataset)
+            self._prompt_check.dataset(self.train_dataset)
         return super().train(*args, **kwargs)
-
-    def _check_dataset(self, dataset: Dataset) -> None:
-        """The self-check at the start: the first row with privileged context is rendered and shown, and the row with
-        most text must fit into the model."""
-        rows = dataset.select_columns([c for c in ("prompt", self._collator.column) if c in dataset.column_names])
-        first, longest = self._collator.first_and_longest(rows)
-        if first is None:
-            logger.warning(
-                f"No row of the dataset has privileged context in {self._collator.column!r}: every row will be "
-                "trained with plain GRPO credit."
-            )
-            return
-        prompts, _ = self._collator.prompts([rows[longest]], [rows[longest]["prompt"]])
-        check_length([len(self._tokenize_prompts(prompts)[0][0])], self.max_completion_length, self._positions())
-        prompt = [rows[first]["prompt"]]
-        teacher_prompts, _ = self._collator.prompts([rows[first]], prompt)
-        ids = [self._tokenize_prompts(prompts)[0][0] for prompts in (prompt, teacher_prompts)]
-        self._show_prompts(rows[first], *ids)
-
-    def _show_prompts(self, row: Mapping[str, Any], student_ids: list[int], teacher_ids: list[int]) -> None:
-        self._prompts_shown = True
-        student, teacher = self._tokenizer.decode(student_ids), self._tokenizer.decode(teacher_ids)
-        if self._collator.reads_context:
-            # encoded and decoded like the prompts, so that what a tokenizer drops is dropped here too
-            context = self._tokenizer.encode(self._collator.context(row), add_special_tokens=False)
-            self._collator.check_rendered(self._tokenizer.decode(context), student, teacher)
-        logger.info(f"The student reads:\n{student}\nThe teacher reads:\n{teacher}")
 
     def _positions(self) -> int | None:
         models = [self.model] if self.args.teacher_model_kind != "external" else [self.model, self.teacher.model]
@@ -249,37 +249,20 @@ class RLSDTrainer(GRPOTrainer):
     def _generate(self, prompts: list):
         # The last moment before samples are paid for, and the first at which the prompts are those that the student
         # will read (with environments, reset() has extended them).
-        rows, student_ids = self._rows, None
-        if rows is not None:
-            teacher_prompts, has_context = self._collator.prompts(rows, prompts)
-            teacher_ids = self._tokenize_prompts(teacher_prompts)[0]
-            check_length([len(ids) for ids in teacher_ids], self.max_completion_length, self._positions())
-            self._teacher_prompts = (teacher_ids, has_context)
-            if not self._prompts_shown and any(has_context):
-                student_ids = self._tokenize_prompts(prompts)[0]
-                first = has_context.index(True)
-                self._show_prompts(rows[first], student_ids[first], teacher_ids[first])
+        if self._rows is None:
+            return super()._generate(prompts)
+        self._teacher_prompts = self._prompt_check.batch(self._rows, prompts)
         generated = super()._generate(prompts)
-        if rows is not None and self.rollout_func is not None and not self._rollout_checked:
-            self._check_rollout(prompts, student_ids, generated[0])
+        if self.rollout_func is not None:
+            self._prompt_check.rollout(prompts, generated[0])
         return generated
-
-    def _check_rollout(self, prompts: list, student_ids: list[list[int]] | None, rollout_ids: list[list[int]]) -> None:
-        self._rollout_checked = True
-        student_ids = student_ids or self._tokenize_prompts(prompts)[0]
-        if any(list(a) != list(b) for a, b in zip(rollout_ids, student_ids, strict=True)):
-            logger.warning(
-                "`rollout_func` samples from another prompt than the one that the trainer renders. The teacher reads "
-                "the trainer's, so the gain also measures that difference: render the prompt in `rollout_func` as "
-                "the trainer does (same chat template, tools and chat_template_kwargs)."
-            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not (self.model.training and self._teacher_is_used):
             return super()._generate_and_score_completions(inputs)
         # lambda may be 0 now and positive when the batch's last slice is used
         wanted = not self._credit.uses_lambda or any(self._lambda(step) > 0 for step in self._steps_of_batch())
-        self._rows = inputs if wanted or not self._prompts_shown else None
+        self._rows = inputs if wanted or not self._prompt_check.shown else None
         try:
             batch = super()._generate_and_score_completions(inputs)
             if wanted:
@@ -313,28 +296,17 @@ class RLSDTrainer(GRPOTrainer):
         with an advantage that is not 0. The others are never run through the model.
         """
         started = time.perf_counter()
-        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        ids, mask, rows = batch["completion_ids"], batch["completion_mask"], len(prompt_ids)
         scored = torch.tensor(has_context, device=ids.device) & self._credited_mask(batch).any(dim=1)
         if self._credit.teacher_rows == "nonzero_advantage":
-            scored &= self._informative(batch["advantages"])
-        chosen = scored.nonzero().squeeze(1)
+            normalized = self.args.scale_rewards != "none"
+            scored &= informative(batch["advantages"], normalized, self.args.rlsd_negative_only)
+        chosen = scored.nonzero().squeeze(1).tolist()
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        chunks = list(chosen.split(self.args.per_device_train_batch_size)) if len(chosen) else []
-        own = len(chunks)
-        if self._sharded():  # every forward is a collective call: a rank with fewer rows runs its first row again
-            most = self.accelerator.gather(torch.tensor([own], device=ids.device)).max().item()
-            chunks += [torch.zeros(1, dtype=torch.long, device=ids.device)] * (most - own)
-        if chunks:
+        if chosen or self._sharded():
             with self.teacher.weights(self.model) as model, scoring(model):
-                for position, rows in enumerate(chunks):
-                    inputs = teacher_inputs(
-                        [prompt_ids[row] for row in rows.tolist()], ids[rows], mask[rows], self._tokenizer.pad_token_id
-                    )
-                    scores, _, _ = self._get_per_token_logps_and_entropies(model, *inputs, ids.size(1))
-                    if position < own:
-                        logps[rows] = scores.float()
+                logps = self._teacher_pass(model, prompt_ids, ids, mask, chosen)
         batch["teacher_logps"], batch["teacher_scored"] = logps, scored
-        rows = len(prompt_ids)
         without = rows - sum(has_context)
         if ids.device.type != "cpu":  # kernels are queued: without this the clock would time their launch
             torch.accelerator.synchronize()
@@ -343,65 +315,97 @@ class RLSDTrainer(GRPOTrainer):
             {"no_context": (without, rows), "skipped": (rows - len(chosen), rows), "teacher_seconds": (seconds, 1)}
         )
 
-    def _informative(self, advantages: torch.Tensor) -> torch.Tensor:
-        """The rows (B,) whose advantage the credit multiplies. The mean of a group of equal rewards misses them by a
-        rounding error, which TRL divides by a standard deviation of about 1e-4: 8 rewards of 0.1 give A = -7e-5."""
-        rounding = 1e-6 if self.args.scale_rewards == "none" else 1e-3
-        if self.args.rlsd_negative_only:
-            return advantages < -rounding
-        return advantages.abs() > rounding
-
     def _credited_mask(self, batch: dict[str, Any]) -> torch.Tensor:
         return batch["completion_mask"] * batch.get("tool_mask", 1)
 
     def _compute_loss(self, model, inputs):
-        lam = self._lambda(self.state.global_step)
-        training = self.model.training
-        if self._credit.uses_lambda and training:
-            self._credit_metrics.add({"lambda": (lam, 1)})
-        # With lambda 0 the batch stays as GRPO made it, (B,) advantages included: the same run, bit for bit.
-        plain = self._credit.name == "grpo" or (self._credit.uses_lambda and lam == 0)
-        if plain or not training or (self._teacher_is_used and "teacher_logps" not in inputs):
+        if not self.model.training:
             return super()._compute_loss(model, inputs)
+        if self._credit.uses_lambda:
+            self._credit_metrics.add({"lambda": (self._lambda(self.state.global_step), 1)})
         # a copy: the buffered batch is used again when num_iterations > 1, and credit must not be put upon credit
-        inputs = dict(inputs)
-        self._uncredited = inputs
+        self._loss_inputs = dict(inputs)
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, self._loss_inputs)
+            # TRL's value comes from log-probs without gradient then; its other terms keep theirs
+            return loss if self._fused is None else self._fused.loss + (loss - loss.detach())
         finally:
-            self._uncredited = None
+            self._loss_inputs = self._fused = None
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        inputs, self._loss_inputs = self._loss_inputs, None
+        if inputs is None:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        # The first call within TRL's loss is the student's own forward; its log-probs cost nothing more.
+        if self.args.use_liger_loss:
+            self._fused = self._fused_loss(inputs)
+            model = partial(model, fused_loss=self._fused)
         outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        if self._uncredited is not None:
-            # The first call within TRL's loss is the student's own forward; its log-probs cost nothing more.
-            inputs, self._uncredited = self._uncredited, None
-            inputs["advantages"] = self._token_credit(inputs, outputs[0].detach())
+        student_logps = outputs[0].detach()
+        check_finite(student_logps, self._credited_mask(inputs), self.state.global_step)
+        if not self._is_plain(inputs):
+            self._add_credit_metrics(inputs, student_logps)
+            inputs["advantages"] = self._token_credit(inputs, student_logps)
         return outputs
 
-    def _token_credit(self, inputs: dict[str, Any], student_logps: torch.Tensor) -> torch.Tensor:
-        advantages, mask, clip_range = (
-            inputs["advantages"],
-            self._credited_mask(inputs),
-            self.args.rlsd_reweight_clip_range,
-        )
-        teacher_logps, scored = inputs.get("teacher_logps", student_logps), inputs.get("teacher_scored")
-        if scored is not None:
-            counted = mask * scored.unsqueeze(1)
-            gains = gain(student_logps, teacher_logps, counted)
-            weights = clipped_weight(gains, advantages, clip_range)
-            self._credit_metrics.add(credit_metrics(advantages, gains, *weights, counted))
+    def _is_plain(self, inputs: dict[str, Any]) -> bool:
+        """Whether the batch stays as GRPO made it, (B,) advantages included: lambda 0 is the same run, bit for bit."""
+        if self._credit.name == "grpo" or (self._credit.uses_lambda and self._lambda(self.state.global_step) == 0):
+            return True
+        return self._teacher_is_used and "teacher_logps" not in inputs
+
+    def _token_credit(
+        self, inputs: dict[str, Any], student_logps: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Token advantages (B, T) of a micro-batch, or of those of its `rows` whose log-probs are given."""
+        of = (lambda tensor: tensor) if rows is None else (lambda tensor: None if tensor is None else tensor[rows])
+        teacher_logps = inputs.get("teacher_logps")
         return token_advantages(
             self._credit,
-            advantages,
+            of(inputs["advantages"]),
             student_logps,
-            teacher_logps,
-            mask,
-            scored,
+            student_logps if teacher_logps is None else of(teacher_logps),
+            of(self._credited_mask(inputs)),
+            of(inputs.get("teacher_scored")),
             lam=self._lambda(self.state.global_step),
-            clip_range=clip_range,
+            clip_range=self.args.rlsd_reweight_clip_range,
             negative_only=self.args.rlsd_negative_only,
         )
+
+    def _add_credit_metrics(self, inputs: dict[str, Any], student_logps: torch.Tensor) -> None:
+        if "teacher_scored" not in inputs:
+            return
+        advantages, counted = inputs["advantages"], self._credited_mask(inputs) * inputs["teacher_scored"].unsqueeze(1)
+        gains = gain(student_logps, inputs["teacher_logps"], counted)
+        weights = clipped_weight(gains, advantages, self.args.rlsd_reweight_clip_range)
+        self._credit_metrics.add(credit_metrics(advantages, gains, *weights, counted))
+
+    def _fused_loss(self, inputs: dict[str, Any]) -> FusedLoss:
+        mask, steps = self._credited_mask(inputs), self.current_gradient_accumulation_steps
+        uncredited = {**inputs}
+
+        def credit(logps, rows):
+            check_finite(logps, mask[rows], self.state.global_step, rows)
+            if self._is_plain(uncredited):
+                return uncredited["advantages"][rows]
+            return self._token_credit(uncredited, logps, rows)
+
+        # num_items_in_batch spans the generation batch, of all processes
+        window = self.accelerator.num_processes * self.args.steps_per_generation / steps
+        factors = row_factors(
+            self.args.loss_type,
+            mask,
+            max_completion_length=self.max_completion_length,
+            accumulation_steps=steps,
+            num_items=inputs["num_items_in_batch"].clamp(min=1.0) / window,
+        )
+        ratio = inputs.get("importance_sampling_ratio") if self.use_vllm else None
+        batch = SurrogateBatch(
+            mask, factors, inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps"), ratio
+        )
+        surrogate = Surrogate.from_config(self.args)
+        float32_head = self.args.cast_lm_head_to_fp32
+        return FusedLoss(inputs["completion_ids"], batch, surrogate, credit, self.temperature, entropies, float32_head)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and self._teacher_is_used:
