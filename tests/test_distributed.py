@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def test_two_processes_log_the_means_of_all_rows(tmp_path):
+@pytest.mark.parametrize("liger", [False, True], ids=["default", "liger"])
+def test_two_processes_log_the_means_of_all_rows(tmp_path, liger):
     """Metrics over ranks are sums over counts, not means of means; and both ranks end with the same weights."""
     script = tmp_path / "run.py"
     script.write_text(
@@ -23,10 +24,13 @@ def test_two_processes_log_the_means_of_all_rows(tmp_path):
         "def reward(completions, **k):\n"
         "    return [float(i % 4) for i in range(len(completions))] if dist.get_rank() == 0 else "
         "[0.0, 1.0, 2.0, 3.0, *[1.0] * (len(completions) - 4)]\n"
-        "t = trainer('out', peft_config=lora(), reward=reward, per_device_train_batch_size=8, max_steps=2)\n"
+        "t = trainer('out', peft_config=lora(), reward=reward, per_device_train_batch_size=8, max_steps=2, "
+        f"use_liger_loss={liger})\n"
         "seen = []\n"
         "original = t._token_credit\n"
-        "def spy(inputs, logps):\n"
+        "def spy(inputs, logps, rows=None):\n"
+        "    if rows is not None:\n"
+        "        return original(inputs, logps, rows)\n"
         "    gains = (inputs['teacher_logps'] - logps).double()\n"
         "    mask = (inputs['completion_mask'] * inputs['teacher_scored'].unsqueeze(1)).bool()\n"
         "    seen.append([gains[mask].sum().item(), mask.sum().item()])\n"
