@@ -11,7 +11,7 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967295
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/trl-rlsd quickstart $(ARGS)
@@ -22,6 +22,16 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Under 15 minutes on 2 cores. DEVICE=cuda takes the GPU's sizes.
+DEVICE ?= cpu
+BENCHMARKS := loss_paths teacher_pass update_time scaling
+
+bench: $(INSTALLED)
+	for name in $(BENCHMARKS); do \
+		HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/$$name.py --device $(DEVICE) \
+			--json tests/benchmarks/results/$${name}_$(DEVICE).json || exit 1; \
+	done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

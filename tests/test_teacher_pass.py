@@ -194,7 +194,7 @@ def test_the_prefix_is_not_extended_by_a_forward_that_reads_it():
     """A group in several forwards: each continues from the prompt, not from the completions before."""
     model, batch = build(SHARING["grouped queries"]), draw(prompts=((50, 8),), longest=4)
     seen = []
-    split = score(model, batch, share=True, budget=10, seen=seen)
+    split = score(model, batch, share=True, budget=2 * 54, seen=seen)
     assert [rows for rows, _ in seen] == [2, 2, 2, 2]
     assert (split - alone(model, batch)).abs().max() < 1e-4
 
@@ -301,8 +301,7 @@ def test_every_row_is_planned_once_and_within_the_budget(rows, budget, share, ov
         if len(batch.groups) > 1:
             width = max(len(prompt_ids[row]) for row in batch.rows)
             longest = max(lengths[row] for row in batch.rows)
-            size = len(batch.groups) * width if batch.shared else len(batch.rows) * (width + longest)
-            assert size <= budget
+            assert len(batch.rows) * (width + longest) <= budget
         for group in batch.groups:
             assert len({tuple(prompt_ids[row]) for row in group}) == 1
         assert not (batch.shared and share is False)

@@ -57,7 +57,7 @@ def plan(
     Args:
         prompt_ids, lengths: of all rows, the teacher's prompt and the number of completion tokens.
         rows: those to be scored.
-        budget: tokens of one forward, padding included.
+        budget: tokens that the rows of one forward read, padding and prompts included.
         share: whether prompts that several rows have in common are encoded once; None: where that costs less.
         overhead: what a forward costs beside its tokens, in tokens.
     """
@@ -101,8 +101,9 @@ def _pack_rows(prompt_ids, lengths, rows, budget) -> list[MicroBatch]:
 def _pack_groups(prompt_ids, lengths, groups, budget) -> list[MicroBatch]:
     order = sorted(groups, key=lambda group: (-len(prompt_ids[group[0]]), group[0]))
 
-    def size(batch):
-        return max(_prefix_tokens(batch, prompt_ids), _completion_tokens(batch, lengths))
+    def size(batch):  # what each row reads, so that the keys and values of a long prompt are counted for every row
+        longest = max(len(prompt_ids[group[0]]) for group in batch)
+        return sum(map(len, batch)) * (longest + 1 + max(lengths[row] for group in batch for row in group))
 
     return [MicroBatch(tuple(map(tuple, batch)), shared=True) for batch in _pack(order, size, budget)]
 
@@ -204,7 +205,8 @@ class TeacherPass:
                 logits_to_keep=1,
             )
         owners = [(row, number) for number, group in enumerate(batch.groups) for row in group]
-        most = max(1, self.budget // (1 + max(lengths[row] for row, _ in owners)))
+        owners.sort(key=lambda owner: -lengths[owner[0]])
+        most = max(1, self.budget // (prefix_ids.size(1) + 1 + lengths[owners[0][0]]))
         for start in range(0, len(owners), most):
             chosen = [row for row, _ in owners[start : start + most]]
             prompt = torch.tensor([number for _, number in owners[start : start + most]], device=ids.device)

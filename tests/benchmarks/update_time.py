@@ -1,48 +1,55 @@
-"""Time and forwards of an RLSD update against GRPO's, all in one process.
+"""Time, forwards and peak memory of an RLSD update against GRPO's.
 
-    python tests/benchmarks/update_time.py [--model PATH] [--json FILE]
+    python tests/benchmarks/update_time.py [--device cuda] [--model PATH] [--json FILE]
 
 Sampling is taken out: a rollout function hands over random completions, so that what is timed is the teacher, the
-forward, the backward and the optimizer. The runs of the three trainers take turns, and the ratios are of medians.
+forward, the backward and the optimizer. The runs of the trainers take turns in one process, and the ratios are of
+medians. Peak memory is of a process of its own each, also for a model with a vocabulary of 151,936.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
+from measure import Peak, arguments, in_clean_process, median, report, verdict
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from trl_rlsd import RLSDConfig, RLSDTrainer
 from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset
 from trl_rlsd.quickstart import INSTRUCTION, TASK, bundled_model
 
 
-BARS = {"lambda > 0": 1.20, "lambda = 0": 1.01}
+# name -> share of the groups with information, fields
 VARIANTS = {
-    "grpo": {"credit": "grpo"},
-    "lambda > 0": {"rlsd_lambda_decay_steps": 0},
-    "lambda = 0": {"rlsd_lambda": 0.0},
+    "grpo": (0.5, {"credit": "grpo"}),
+    "rlsd, 50 % informative": (0.5, {"rlsd_lambda_decay_steps": 0}),
+    "rlsd, lambda = 0": (0.5, {"rlsd_lambda": 0.0}),
+    "rlsd, 25 % informative": (0.25, {"rlsd_lambda_decay_steps": 0}),
+    "rlsd, 100 % informative": (1.0, {"rlsd_lambda_decay_steps": 0}),
+    "rlsd, 50 %, whole rows": (0.5, {"rlsd_lambda_decay_steps": 0, "teacher_shared_prefix": False}),
 }
+JUDGED = ("grpo", "rlsd, 50 % informative", "rlsd, lambda = 0")  # the others run once
 
 
 class StepTimes(TrainerCallback):
-    def __init__(self):
+    def __init__(self, device):
+        self.device = device
         self.times = []
 
+    def _now(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+        self.started = self._now()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.times.append(time.perf_counter() - self.started)
+        self.times.append(self._now() - self.started)
 
 
 def rollout(tokens):
@@ -66,24 +73,43 @@ def reward(share):
     return verdict
 
 
-def run(path, options, variant, data, tokenizer):
-    times = StepTimes()
+def tokenizer_and_data(path):
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer, reasoning_gym_dataset(size=64, seed=0, system_prompt=INSTRUCTION, **TASK)
+
+
+def model_of(path, vocabulary):
+    if vocabulary is None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=4, **sizes))
+
+
+def run(path, options, variant, steps, vocabulary=None):
+    """Seconds of the steps but the first, which warms up; forwards per micro-batch of student and teacher."""
+    warnings.filterwarnings("ignore")
+    disable_progress_bar()
+    tokenizer, data = tokenizer_and_data(path)
+    informative, fields = VARIANTS[variant]
+    times = StepTimes(options.device)
     trainer = RLSDTrainer(
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        reward(options.informative),
+        model_of(path, vocabulary),
+        reward(informative),
         RLSDConfig(
             tempfile.mkdtemp(),
             per_device_train_batch_size=options.rows,
-            num_generations=4,
+            num_generations=options.generations,
             max_completion_length=options.tokens,
-            max_steps=options.steps,
-            use_cpu=not torch.accelerator.is_available(),
-            bf16=False,
+            max_steps=steps,
+            use_cpu=options.device == "cpu",
+            bf16=options.device == "cuda",
             gradient_checkpointing=False,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            **VARIANTS[variant],
+            **fields,
         ),
         data,
         processing_class=tokenizer,
@@ -92,50 +118,58 @@ def run(path, options, variant, data, tokenizer):
         rollout_func=rollout(options.tokens),
     )
     calls = []
-    trainer.model.get_base_model().model.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    trainer.train()
-    return times.times[1:], len(calls) / options.steps  # the first step warms up
+    # a shared prompt is encoded in a forward of its own, with a cache to fill
+    trainer.model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append("prefix" if kwargs.get("use_cache") else "rows"), with_kwargs=True
+    )
+    with Peak(options.device) as peak:
+        trainer.train()
+    forwards = {kind: calls.count(kind) / steps for kind in ("rows", "prefix")}
+    return {"seconds": times.times[1:], "forwards": forwards, "peak_bytes": peak.total}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--model", help="path or id [the quickstart's SmolLM2-135M-Instruct]")
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8, help="of a micro-batch [%(default)s]")
+    parser.add_argument("--generations", type=int, default=2, help="of a prompt [%(default)s]")
     parser.add_argument("--tokens", type=int, default=64, help="of a completion [%(default)s]")
-    parser.add_argument("--informative", type=float, default=0.5, help="share of the groups [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="of each repeat, the first not counted [%(default)s]")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=3, help="of each repeat, the first not counted [%(default)s]")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
     path = options.model or str(bundled_model())
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    data = reasoning_gym_dataset(size=64, seed=0, system_prompt=INSTRUCTION, **TASK)
-    times = {name: [] for name in VARIANTS}
-    forwards = {}
-    for _ in range(options.repeats):
-        for name in VARIANTS:
-            taken, forwards[name] = run(path, options, name, data, tokenizer)
-            times[name] += taken
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    result = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "model": Path(path).name,
-        **{name: getattr(options, name) for name in ("rows", "tokens", "informative", "repeats", "steps")},
-        "forwards_per_micro_batch": forwards,
-        "update_time_ratio": {name: medians[name] / medians["grpo"] for name in BARS},
+    memory = {
+        (size or "the model's own"): {
+            name: in_clean_process(run, path, options, name, 1, size)["peak_bytes"]
+            for name in ("grpo", "rlsd, 100 % informative")
+        }
+        for size in (None, 151_936)
     }
-    print(f"{'':12}{'forwards':>10}{'time / GRPO':>14}{'bar':>8}")
-    for name in VARIANTS:
-        ratio = medians[name] / medians["grpo"]
-        bar = BARS.get(name)
-        verdict = "" if bar is None else "pass" if ratio <= bar else "falls short"
-        print(f"{name:12}{forwards[name]:>10.2f}{ratio:>14.3f}{bar or '':>8} {verdict}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    results = {name: [] for name in VARIANTS}
+    for repeat in range(options.repeats):
+        for name in VARIANTS if repeat == 0 else JUDGED:
+            results[name].append(run(path, options, name, options.steps))
+    medians = {name: median([t for r in runs for t in r["seconds"]]) for name, runs in results.items()}
+    figures = [
+        {"variant": name, "time": medians[name] / medians["grpo"], **runs[0]["forwards"]}
+        for name, runs in results.items()
+    ]
+    print(f"{'':26}{'time / GRPO':>12}{'forwards per micro-batch':>26}{'of prompts alone':>18}")
+    for f in figures:
+        print(f"{f['variant']:26}{f['time']:>12.3f}{f['rows']:>26.2f}{f['prefix']:>18.2f}")
+    of = {f["variant"]: f for f in figures}
+    extra = {name: of[name]["rows"] - of["grpo"]["rows"] for name in of}
+    verdicts = [
+        verdict("extra forwards per micro-batch, lambda > 0", max(extra.values())),
+        verdict("extra forwards per micro-batch, lambda = 0", extra["rlsd, lambda = 0"]),
+        verdict("update time RLSD / GRPO, lambda > 0", of["rlsd, 50 % informative"]["time"]),
+        verdict("update time RLSD / GRPO, lambda = 0", of["rlsd, lambda = 0"]["time"]),
+    ]
+    for size, peaks in memory.items():
+        print(f"vocabulary: {size}")
+        ratio = peaks["rlsd, 100 % informative"] / peaks["grpo"]
+        figures.append({"vocabulary": size, "peak_memory": ratio})
+        verdicts.append(verdict("peak memory RLSD / GRPO, LoRA", ratio))
+    report(options, figures, verdicts, model=Path(path).name)
 
 
 if __name__ == "__main__":
