@@ -10,46 +10,80 @@ import torch
 
 
 ROOT = Path(__file__).parent.parent
+# name -> config fields; "split": the four completions of a prompt lie on two ranks
+VARIANTS = {
+    "default": {},
+    "liger": {"use_liger_loss": True},
+    "split": {"per_device_train_batch_size": 2, "teacher_shared_prefix": False},
+    "split, shared": {"per_device_train_batch_size": 2, "teacher_shared_prefix": True},
+}
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from conftest import *
+import torch.distributed as dist
+
+def reward(completions, **columns):
+    if dist.get_rank() == 0 or len(completions) < 8:
+        return [float((i + dist.get_rank()) % 4) for i in range(len(completions))]
+    return [0.0, 1.0, 2.0, 3.0, *[1.0] * (len(completions) - 4)]
+
+results = {{}}
+for name, fields in {VARIANTS!r}.items():
+    defaults = dict(per_device_train_batch_size=8, max_steps=2, optim="sgd", learning_rate=0.3, max_grad_norm=0.0)
+    t = trainer("out", peft_config=lora(), reward=reward, **{{**defaults, **fields}})
+    before = torch.cat([p.detach().flatten().clone() for p in t.model.parameters() if p.requires_grad])
+    seen = []
+    original = t._token_credit
+
+    def spy(inputs, logps, rows=None, original=original, seen=seen):
+        if rows is None:
+            gains = (inputs["teacher_logps"] - logps).double()
+            mask = (inputs["completion_mask"] * inputs["teacher_scored"].unsqueeze(1)).bool()
+            seen.append([gains[mask].sum().item(), mask.sum().item()])
+        return original(inputs, logps) if rows is None else original(inputs, logps, rows)
+
+    t._token_credit = spy
+    t.train()
+    after = torch.cat([p.detach().flatten() for p in t.model.parameters() if p.requires_grad])
+    results[name] = {{"seen": seen, "before": before, "after": after, "logs": t.state.log_history}}
+torch.save(results, f"rank{{dist.get_rank()}}.pt")
+"""
 
 
-@pytest.mark.parametrize("liger", [False, True], ids=["default", "liger"])
-def test_two_processes_log_the_means_of_all_rows(tmp_path, liger):
-    """Metrics over ranks are sums over counts, not means of means; and both ranks end with the same weights."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "from conftest import *\n"
-        "import torch.distributed as dist\n"
-        "def reward(completions, **k):\n"
-        "    return [float(i % 4) for i in range(len(completions))] if dist.get_rank() == 0 else "
-        "[0.0, 1.0, 2.0, 3.0, *[1.0] * (len(completions) - 4)]\n"
-        "t = trainer('out', peft_config=lora(), reward=reward, per_device_train_batch_size=8, max_steps=2, "
-        f"use_liger_loss={liger})\n"
-        "seen = []\n"
-        "original = t._token_credit\n"
-        "def spy(inputs, logps, rows=None):\n"
-        "    if rows is not None:\n"
-        "        return original(inputs, logps, rows)\n"
-        "    gains = (inputs['teacher_logps'] - logps).double()\n"
-        "    mask = (inputs['completion_mask'] * inputs['teacher_scored'].unsqueeze(1)).bool()\n"
-        "    seen.append([gains[mask].sum().item(), mask.sum().item()])\n"
-        "    return original(inputs, logps)\n"
-        "t._token_credit = spy\n"
-        "t.train()\n"
-        "w = torch.cat([p.detach().flatten() for p in t.model.parameters() if p.requires_grad])\n"
-        "torch.save({'seen': seen, 'weights': w, 'logs': t.state.log_history}, f'rank{dist.get_rank()}.pt')\n"
-    )
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "run.py").write_text(SCRIPT)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_rank_ends_with_the_same_weights(ranks, name):
+    assert torch.equal(ranks[0][name]["after"], ranks[1][name]["after"])
+    assert not torch.equal(ranks[0][name]["after"], ranks[0][name]["before"])
+
+
+@pytest.mark.parametrize("name", ["default", "liger"])
+def test_metrics_are_the_means_of_all_rows(ranks, name):
+    """Sums over counts, not means of means."""
+    results = [rank[name] for rank in ranks]
     for step in range(2):
-        totals = [sum(rank["seen"][step][k] for rank in ranks) for k in range(2)]
-        assert ranks[0]["seen"][step][1] != ranks[1]["seen"][step][1], "equal counts would hide a mean of means"
-        assert ranks[0]["logs"][step]["rlsd/gain_mean"] == pytest.approx(totals[0] / totals[1], rel=1e-5)
-        assert ranks[0]["logs"][step]["rlsd/skipped"] == 0.25
+        totals = [sum(result["seen"][step][k] for result in results) for k in range(2)]
+        assert results[0]["seen"][step][1] != results[1]["seen"][step][1], "equal counts would hide a mean of means"
+        assert results[0]["logs"][step]["rlsd/gain_mean"] == pytest.approx(totals[0] / totals[1], rel=1e-5)
+        assert results[0]["logs"][step]["rlsd/skipped"] == 0.25
+
+
+@pytest.mark.parametrize("first, second", [("default", "liger"), ("split", "split, shared")])
+def test_the_update_does_not_depend_on_how_it_is_computed(ranks, first, second):
+    start = ranks[0][first]["before"]
+    updates = [ranks[0][name]["after"] - start for name in (first, second)]
+    assert torch.equal(start, ranks[0][second]["before"])
+    assert (updates[0] - updates[1]).norm() <= 1e-4 * updates[0].norm()

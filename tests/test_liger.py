@@ -51,6 +51,17 @@ def test_the_update_is_the_default_paths(tmp_path, loss_type, peft):
     assert_the_same_update(tmp_path, loss_type=loss_type, peft=peft)
 
 
+def with_a_tool(prompts, trainer):
+    """The middle of every completion is a tool's: read, but neither sampled nor trained."""
+    ids = torch.randint(3, 250, (len(prompts), 8), generator=torch.Generator().manual_seed(3)).tolist()
+    return {
+        "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+        "completion_ids": ids,
+        "logprobs": [[0.0] * 8] * len(prompts),
+        "env_mask": [[1, 1, 1, 0, 0, 1, 1, 1]] * len(prompts),
+    }
+
+
 def tied_llama():
     return tiny_llama(tie_word_embeddings=True)
 
@@ -78,6 +89,7 @@ def test_with_every_credit_function(tmp_path, credit):
         dict(per_device_train_batch_size=8),
         dict(cast_lm_head_to_fp32=True),
         dict(model=tied_llama),
+        dict(rollout_func=with_a_tool, num_iterations=2),
     ],
     ids=lambda options: " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()),
 )
@@ -96,7 +108,7 @@ def test_under_bf16_autocast(tmp_path, peft):
 
     exact, default, liger = update(False, False), update(False, True), update(True, True)
     errors = [((rounded - exact).norm() / exact.norm()).item() for rounded in (default, liger)]
-    assert 0 < errors[0] < 0.4
+    assert errors[0] > 0
     assert errors[1] < 1.2 * errors[0], errors
 
 
@@ -133,6 +145,7 @@ def test_it_needs_liger_kernel(tmp_path, monkeypatch):
         {"entropy_coef": 0.01},
         {"use_adaptive_entropy": True},
         {"off_policy_mask_threshold": 1.0},
+        {"fp16": True},
     ],
     ids=str,
 )

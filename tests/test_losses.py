@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import config, tiny_llama, trainer
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     GraniteConfig,
     GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -26,6 +29,7 @@ from trl_rlsd.losses import (
     add_fused_loss,
     check_finite,
     clipped_surrogate,
+    fused_forward,
     logit_scale,
     row_factors,
 )
@@ -155,13 +159,30 @@ def test_on_the_sampling_policy_the_loss_is_minus_the_mean_advantage():
     assert loss.item() == pytest.approx(-(1.3 - 0.7) / 2, abs=1e-12)
 
 
+@pytest.mark.parametrize("rubbish", [5.0, -200.0, math.inf, math.nan])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_pads_are_inert_in_the_loss(loss_type):
+def test_pads_are_inert_in_the_loss_and_its_gradient(loss_type, rubbish):
+    """In the student's log-probs, and in the old and the reference ones, from which an exp can overflow."""
     x = draw()
-    batch = SurrogateBatch(x.mask, row_factors(loss_type, x.mask, max_completion_length=T), x.logps + x.drift)
-    clean = clipped_surrogate(x.logps, x.advantages, batch, Surrogate(loss_type))
-    logps = x.logps.masked_fill(x.mask == 0, 5.0)
-    assert torch.equal(clipped_surrogate(logps, x.advantages, batch, Surrogate(loss_type)), clean)
+    factors = row_factors(loss_type, x.mask, max_completion_length=T)
+    surrogate = Surrogate(loss_type, beta=0.1)
+    results = []
+    for spoilt in (None, "student", "old", "reference"):
+        logps, old, ref = (
+            tensor.masked_fill(x.mask == 0, rubbish) if spoilt == name else tensor
+            for name, tensor in (
+                ("student", x.logps),
+                ("old", x.logps + x.drift),
+                ("reference", x.logps + x.ref_drift),
+            )
+        )
+        logps = logps.clone().requires_grad_()
+        loss = clipped_surrogate(logps, x.advantages, SurrogateBatch(x.mask, factors, old, ref), surrogate)
+        loss.backward()
+        results.append((loss.detach(), logps.grad))
+    for other in results[1:]:
+        assert torch.equal(results[0][0], other[0])
+        assert torch.equal(results[0][1], other[1])
 
 
 def test_unknown_names_are_refused():
@@ -335,6 +356,13 @@ TINY = dict(
 )
 
 
+def phi():
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**TINY, bos_token_id=1, eos_token_id=2))
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
 def cohere():
     torch.manual_seed(0)
     return CohereForCausalLM(CohereConfig(**TINY, logit_scale=0.5, bos_token_id=1, eos_token_id=2))
@@ -355,6 +383,7 @@ def vision_language():
 
 HEADS = {
     "vision-language": vision_language,
+    "bias": phi,
     "untied": lambda: tiny_llama(V, tie_word_embeddings=False),
     "tied": lambda: tiny_llama(V, tie_word_embeddings=True),
     "divided logits": granite,
@@ -391,6 +420,36 @@ def test_the_fused_forward_is_the_specification_over_the_models_logits(head):
     for name, expected in grads[0].items():
         error = (grads[1][name] - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
         assert error < 1e-4, (name, error)
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_fsdp_takes_the_fused_loss_in_the_forward(process_group, dtype):
+    """FSDP2 over one process: it casts and rebuilds what it finds in a forward's arguments."""
+    x = draw(torch.float32)
+    ids = torch.cat([torch.ones(B, 3, dtype=torch.long), x.ids], 1)
+    losses = []
+    for sharded in (False, True):
+        model = tiny_llama(V, tie_word_embeddings=False).to(torch.float32 if sharded else dtype)
+        add_fused_loss(model, lambda *parts: nullcontext())
+        if sharded:
+            policy = MixedPrecisionPolicy(param_dtype=dtype)
+            for layer in (*model.model.layers, model):
+                fully_shard(layer, mp_policy=policy)
+        fused = FusedLoss(x.ids, batch_of(x, "dapo", True), Surrogate(), lambda p, r: credited("rlsd", x, p, r))
+        fused_forward(model, fused)(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+        fused.loss.backward()
+        losses.append((fused.loss.item(), fused.batch.factors.dtype))
+        assert all(p.grad is not None for p in model.parameters())
+    assert losses[1][1] == losses[0][1] == torch.float32
+    if dtype == torch.float32:
+        assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
 
 
 def test_soft_capped_logits_are_refused():

@@ -6,15 +6,18 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import config, dataset, lora, tiny_llama, trainer
+from conftest import config, lora, tiny_llama, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GptOssConfig,
     JambaConfig,
     Lfm2Config,
     LlamaConfig,
@@ -59,6 +62,22 @@ SHARING = {
     "sliding and full, soft-capped": Gemma2Config(**SMALL, sliding_window=5, query_pre_attn_scalar=8),
     "sliding and full": Gemma3TextConfig(
         **SMALL, sliding_window=7, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "sinks": GptOssConfig(
+        **{**SMALL, "intermediate_size": 16}, num_local_experts=4, num_experts_per_tok=2, sliding_window=5
+    ),
+    "latent keys and values": DeepseekV3Config(
+        **{k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads")},
+        num_key_value_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+    ),
+    "linear biases": FalconConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, initializer_range=0.3
     ),
     "learned positions": GPT2Config(
         vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, eos_token_id=2
@@ -131,8 +150,8 @@ def alone(model, batch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SHARING)
 def test_a_shared_prompt_gives_what_scoring_rows_alone_gives(name, attention):
-    if attention == "sdpa" and "soft-capped" in name:
-        attention = "eager"  # all that it has on a CPU
+    if attention == "sdpa" and name in ("sliding and full, soft-capped", "sinks"):
+        pytest.skip("eager is all that it has on a CPU")
     options = copy.deepcopy(SHARING[name])
     options._attn_implementation = attention
     model, batch = build(options), draw()
@@ -342,12 +361,16 @@ def test_every_teacher_shares_its_prompts(tmp_path, kind, peft):
 
 
 def test_scoring_with_a_shared_prompt_works_with_gradient_checkpointing_and_bf16_autocast(tmp_path):
-    options = dict(gradient_checkpointing=True, bf16=True, max_steps=1, peft_config=lora())
-    whole = captured(trainer(tmp_path, teacher_shared_prefix=False, **options))
-    options["peft_config"] = lora()
-    shared = captured(trainer(tmp_path, teacher_shared_prefix=True, **options))
-    difference = (whole[0]["teacher_logps"] - shared[0]["teacher_logps"]).abs()
-    assert difference.mean() < 0.05  # bfloat16: about 3 digits
+    """Rounding differs; neither way may be further from the float32 scores than the other."""
+
+    def scores(share, bf16):
+        options = dict(gradient_checkpointing=True, bf16=bf16, max_steps=1, peft_config=lora())
+        return captured(trainer(tmp_path, teacher_shared_prefix=share, **options))[0]["teacher_logps"]
+
+    exact, whole, shared = scores(False, False), scores(False, True), scores(True, True)
+    errors = [(rounded - exact).norm().item() for rounded in (whole, shared)]
+    assert errors[0] > 0
+    assert errors[1] < 1.2 * errors[0], errors
 
 
 def test_bad_budgets_are_refused(tmp_path):
@@ -357,4 +380,3 @@ def test_bad_budgets_are_refused(tmp_path):
         config(tmp_path, teacher_token_budget=1.5)
     with pytest.raises(TypeError, match="teacher_shared_prefix='always'"):
         config(tmp_path, teacher_shared_prefix="always")
-    assert dataset(2).column_names == ["prompt", "privileged_context"]

@@ -2,23 +2,23 @@
 
 The rooms, upper ones import lower ones only:
 
-    cli        `trl-rlsd train | quickstart`
-    train      the training script: a config file and flags in, a trained model out
-    quickstart a small, real run from nothing to a trained adapter
-    trainer    RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
-    config     RLSDConfig: fields and their ranges
-    teacher_pass  which completions are scored together, and what is encoded once
+    cli           `trl-rlsd train | quickstart`
+    train         the training script: a config file and flags in, a trained model out
+    quickstart    a small, real run from nothing to a trained adapter
+    trainer       RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
+    config        RLSDConfig: fields and their ranges
     prompt_check  what both will read, rendered and shown before anything is generated
-    teacher    whose weights score: live, synced, ema, base, external
-    external   another model as teacher: loaded, checked, placed
-    losses     the clipped surrogate: a plain specification, and its fused twin on Liger's base
-    collator   the privileged prompt that the teacher reads
-    rollouts   completions that a checkpoint keeps for later use
-    checks     what is refused before anything is loaded or generated
-    metrics    credit diagnostics
-    credit     the maths: gain, token credit, the lambda schedule
-    rewards    verifiable rewards, by name
-    data       datasets with a privileged column
+    teacher_pass  which completions are scored together, and what is encoded once
+    teacher       whose weights score: live, synced, ema, base, external
+    external      another model as teacher: loaded, checked, placed
+    losses        the clipped surrogate: a plain specification, and its fused twin on Liger's base
+    collator      the privileged prompt that the teacher reads
+    rollouts      completions that a checkpoint keeps for later use
+    checks        what is refused before anything is loaded or generated
+    metrics       credit diagnostics
+    credit        the maths: gain, token credit, the lambda schedule
+    rewards       verifiable rewards, by name
+    data          datasets with a privileged column
 
 Axes, everywhere: B rows, T completion tokens, P and P' prompt tokens of student and teacher. `student_*` is read after
 the plain prompt, `teacher_*` after the privileged one; `*_logps` (B, T) are nats; `*_mask` 1 = counts; `gain` =

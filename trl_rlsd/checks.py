@@ -106,7 +106,7 @@ def check_head(head: nn.Module, has_router_loss: bool) -> None:
 
 def position_warning(model_type: str) -> str | None:
     """TRL 1.16 passes no position ids, so left padding moves the positions where they are learned."""
-    if model_type not in ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt"):
+    if model_type not in ("gpt2", "gpt_neo", "gpt_bigcode", "openai-gpt", "biogpt", "xglm", "ctrl"):
         return None
     return (
         f"Models of type {model_type!r} learn absolute positions, which left padding shifts, differently for the "

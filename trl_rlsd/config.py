@@ -175,6 +175,12 @@ class RLSDConfig(GRPOConfig):
                 "use_liger_loss=True needs liger-kernel, which is not installed: pip install 'trl-rlsd[liger]'. Or "
                 "leave it False: the loss then runs through TRL's fused head."
             )
+        if self.fp16:
+            raise ValueError(
+                "use_liger_loss=True does not support fp16=True: it takes its gradients in the forward, before the "
+                "gradient scaler has lifted them over float16's smallest numbers. Use bf16=True, or "
+                "use_liger_loss=False."
+            )
         for name, neutral in (
             ("top_entropy_quantile", 1.0),
             ("entropy_coef", 0.0),

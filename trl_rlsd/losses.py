@@ -145,8 +145,13 @@ def clipped_surrogate(
     Shapes: `logps` (B, T); `advantages` (B,) or (B, T); returns a scalar. Units: nats. Source: TRL 1.16.
     """
     advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
-    mask = batch.mask.to(logps.dtype)
-    log_ratio = logps - (logps.detach() if batch.old_logps is None else batch.old_logps)
+    keep, mask = batch.mask.bool(), batch.mask.to(logps.dtype)
+    # before any exp: what a pad or a tool's token holds could overflow, and its gradient would be 0 * inf
+    logps, old_logps, ref_logps = (
+        None if tensor is None else tensor.masked_fill(~keep, 0.0)
+        for tensor in (logps, batch.old_logps, batch.ref_logps)
+    )
+    log_ratio = logps - (logps.detach() if old_logps is None else old_logps)
     log_weight = log_ratio
     if surrogate.importance_sampling_level == "sequence":
         log_weight = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1.0)
@@ -156,9 +161,8 @@ def clipped_surrogate(
     if batch.sampling_ratio is not None and surrogate.loss_type != "vespo":  # vespo has it in its weight
         losses = losses * batch.sampling_ratio
     if surrogate.beta != 0.0:
-        losses = losses + surrogate.beta * _kl(logps, batch.ref_logps, ratio, surrogate)
-    # where, not a product: nan * 0 is nan
-    losses = torch.where(batch.mask.bool(), losses, torch.zeros_like(logps))
+        losses = losses + surrogate.beta * _kl(logps, ref_logps, ratio, surrogate)
+    losses = losses.masked_fill(~keep, 0.0)  # not a product: nan * 0 is nan
     return (losses.sum(1) * batch.factors).sum()
 
 
@@ -217,31 +221,42 @@ def check_finite(logps: torch.Tensor, mask: torch.Tensor, step: int, rows: torch
 # ---------------------------------------------------------------------- the fused twin
 
 
-@dataclass
 class FusedLoss:
     """A fused loss to be taken in the model's forward (see `add_fused_loss`), and what came of it.
+
+    Not a dataclass: FSDP rebuilds those among a forward's arguments, with their tensors cast.
 
     Attributes:
         completion_ids: (B, T), the sampled tokens.
         batch, surrogate: see `clipped_surrogate`.
         credit: student log-probs (n, T) and row numbers (n,) of a chunk -> token advantages (n, T).
         temperature: what logits are divided by.
-        entropies: hidden (N, H), weight, bias, token ids (N,), temperature -> entropies (N,), for the metric.
         float32_head: run the head in float32, outside autocast.
+        with_entropy: also fill `entropy`, for the metric: one more pass over the head.
         loss: afterwards, the scalar, with gradient.
         logps, entropy: afterwards, (B, T) in nats, without gradient.
     """
 
-    completion_ids: torch.Tensor
-    batch: SurrogateBatch
-    surrogate: Surrogate
-    credit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    temperature: float = 1.0
-    entropies: Callable[..., torch.Tensor] | None = None
-    float32_head: bool = False
-    loss: torch.Tensor | None = None
-    logps: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
+    def __init__(
+        self,
+        completion_ids: torch.Tensor,
+        batch: SurrogateBatch,
+        surrogate: Surrogate,
+        credit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        temperature: float = 1.0,
+        float32_head: bool = False,
+        with_entropy: bool = True,
+    ):
+        self.completion_ids = completion_ids
+        self.batch = batch
+        self.surrogate = surrogate
+        self.credit = credit
+        self.temperature = temperature
+        self.float32_head = float32_head
+        self.with_entropy = with_entropy
+        self.loss: torch.Tensor | None = None
+        self.logps: torch.Tensor | None = None
+        self.entropy: torch.Tensor | None = None
 
     def ppo_loss_fn(self, *, per_token_logps, advantages, **liger_kwargs):
         """Called by Liger's base for every chunk. The slot for advantages holds the rows' numbers: all else that
@@ -251,6 +266,7 @@ class FusedLoss:
         loss = clipped_surrogate(per_token_logps, credited, self.batch.rows(rows), self.surrogate)
         return loss, (per_token_logps,)
 
+    @torch.compiler.disable  # Liger 0.8.5 marks dimensions as dynamic, which cannot be traced
     def take(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float = 1.0) -> None:
         """Fill `loss`, `logps` and `entropy`.
 
@@ -271,10 +287,9 @@ class FusedLoss:
         no_autocast = torch.autocast(hidden.device.type, enabled=False) if self.float32_head else nullcontext()
         with no_autocast:
             self.loss, self.logps = _liger_function()(hidden, weight, bias, self, temperature, chunk)
-            if self.entropies is not None:  # Liger's base keeps no more of a tile than its log-sum-exp
-                with torch.no_grad():
-                    flat = hidden.reshape(-1, hidden.size(2))
-                    self.entropy = self.entropies(flat, weight, bias, ids.reshape(-1), temperature).view(ids.shape)
+            if self.with_entropy:  # Liger's base keeps no more of a tile than its log-sum-exp
+                flat = hidden.reshape(-1, hidden.size(2))
+                self.entropy = entropies(flat, weight, bias, ids.reshape(-1), temperature).view(ids.shape)
 
 
 @functools.cache
@@ -385,3 +400,17 @@ def add_fused_loss(model: PreTrainedModel, gathered: Callable[..., Any]) -> None
         return FusedOutput(loss=fused_loss.loss, log_probs=logps, entropy=entropy)
 
     model.forward = types.MethodType(forward, model)
+
+
+def fused_forward(model: torch.nn.Module, fused_loss: FusedLoss) -> Callable[..., FusedOutput]:
+    """The forward of a model that has been through `add_fused_loss`, wrapped or not, with that loss in it.
+
+    The loss is taken from what the outermost wrapper returns: DDP, FSDP and Accelerate hang their hooks on that.
+    """
+
+    def forward(*args, **kwargs) -> FusedOutput:
+        output = model(*args, **kwargs, fused_loss=fused_loss)
+        fused_loss.loss = output.loss
+        return output
+
+    return forward

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -73,7 +72,7 @@ def plan(
     mixed = _pack_groups(prompt_ids, lengths, several, budget) + _pack_rows(prompt_ids, lengths, single, budget)
     if share:
         return mixed
-    costs = [sum(_cost(batch, prompt_ids, lengths, overhead) for batch in option) for option in (mixed, whole)]
+    costs = [sum(_cost(batch, prompt_ids, lengths, budget, overhead) for batch in option) for option in (mixed, whole)]
     return mixed if costs[0] < costs[1] else whole
 
 
@@ -108,6 +107,12 @@ def _pack_groups(prompt_ids, lengths, groups, budget) -> list[MicroBatch]:
     return [MicroBatch(tuple(map(tuple, batch)), shared=True) for batch in _pack(order, size, budget)]
 
 
+def _continued_rows(batch: MicroBatch, prompt_ids, lengths, budget: int) -> int:
+    """How many rows read their prompts' keys and values at once."""
+    longest = max(len(prompt_ids[group[0]]) for group in batch.groups)
+    return max(1, budget // (longest + max(lengths[row] for row in batch.rows)))
+
+
 def _prefix_tokens(groups, prompt_ids) -> int:
     return len(groups) * max(len(prompt_ids[group[0]]) for group in groups)
 
@@ -117,9 +122,11 @@ def _completion_tokens(groups, lengths) -> int:
     return len(rows) * (1 + max(lengths[row] for row in rows))
 
 
-def _cost(batch: MicroBatch, prompt_ids, lengths, overhead: int) -> int:
+def _cost(batch: MicroBatch, prompt_ids, lengths, budget: int, overhead: int) -> int:
     if batch.shared:
-        return _prefix_tokens(batch.groups, prompt_ids) + _completion_tokens(batch.groups, lengths) + 2 * overhead
+        prefix, completions = _prefix_tokens(batch.groups, prompt_ids), _completion_tokens(batch.groups, lengths)
+        continuations = -(-len(batch.rows) // _continued_rows(batch, prompt_ids, lengths, budget))
+        return prefix + completions + (1 + continuations) * overhead
     longest = max(len(prompt_ids[row]) for row in batch.rows) + max(lengths[row] for row in batch.rows)
     return len(batch.rows) * longest + overhead
 
@@ -194,7 +201,7 @@ class TeacherPass:
         # The last token of a prompt goes with the completions: it predicts the first of them.
         prompts = [prompt_ids[group[0]] for group in batch.groups]
         prefix_ids, prefix_mask = left_padded([p[:-1] for p in prompts], self.pad_token_id, ids, mask)
-        cache = DynamicCache(config=_decoder_config(model))
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         with self.autocast():
             model(
                 input_ids=prefix_ids,
@@ -206,7 +213,7 @@ class TeacherPass:
             )
         owners = [(row, number) for number, group in enumerate(batch.groups) for row in group]
         owners.sort(key=lambda owner: -lengths[owner[0]])
-        most = max(1, self.budget // (prefix_ids.size(1) + 1 + lengths[owners[0][0]]))
+        most = _continued_rows(batch, prompt_ids, lengths, self.budget)
         for start in range(0, len(owners), most):
             chosen = [row for row, _ in owners[start : start + most]]
             prompt = torch.tensor([number for _, number in owners[start : start + most]], device=ids.device)
@@ -237,8 +244,10 @@ class _PrefixLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         def joined(prefix, states):
-            repeated = prefix.expand(len(states), -1, -1, -1) if len(prefix) == 1 else prefix[self.prompt]
-            return torch.cat([repeated, states], dim=-2)
+            if len(prefix) == 1:
+                return torch.cat([prefix.expand(len(states), -1, -1, -1), states], dim=-2)
+            # a layer may lie on another device than the ids
+            return torch.cat([prefix[self.prompt.to(prefix.device)], states], dim=-2)
 
         return joined(self.layer.keys, key_states), joined(self.layer.values, value_states)
 
@@ -256,12 +265,6 @@ def _expanded(cache: DynamicCache, prompt: torch.Tensor) -> Cache:
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     """Positions that start at the first token, wherever the padding is."""
     return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _decoder_config(model: torch.nn.Module) -> Any:
-    while not hasattr(model, "config"):  # DistributedDataParallel hides it
-        model = model.module
-    return model.config.get_text_config(decoder=True)
 
 
 def resolve_sharing(share: bool | None, model: torch.nn.Module, sharded: bool) -> bool | None:
@@ -290,7 +293,7 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(signature(type(base).forward).parameters)
     if missing:
         return f"its forward takes no {', '.join(sorted(missing))}"
-    config = _decoder_config(base)
+    config = base.config.get_text_config(decoder=True)
     odd = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if odd:
         return f"its cache has layers of another kind ({', '.join(sorted(kind.__name__ for kind in odd))})"

@@ -22,7 +22,6 @@ import os
 import textwrap
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
+from trl_rlsd import losses
 from trl_rlsd.checks import (
     check_column,
     check_copies,
@@ -49,7 +49,6 @@ from trl_rlsd.collator import PrivilegedPromptCollator
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import clipped_weight, gain, get_credit, informative, lambda_at, token_advantages
 from trl_rlsd.external import load_external, prepare_external
-from trl_rlsd.losses import FusedLoss, Surrogate, SurrogateBatch, add_fused_loss, check_finite, entropies, row_factors
 from trl_rlsd.metrics import MetricSums, credit_metrics
 from trl_rlsd.prompt_check import PromptCheck
 from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts
@@ -111,7 +110,7 @@ class RLSDTrainer(GRPOTrainer):
     _rows: list[Mapping[str, Any]] | None = None
     _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
     _loss_inputs: dict[str, Any] | None = None
-    _fused: FusedLoss | None = None
+    _fused: losses.FusedLoss | None = None
 
     def __init__(
         self,
@@ -206,7 +205,7 @@ class RLSDTrainer(GRPOTrainer):
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if is_peft_model(student) else student
         check_head(student.get_output_embeddings(), self.aux_loss_enabled)
-        add_fused_loss(student, maybe_gather_lm_head_ctx)
+        losses.add_fused_loss(student, maybe_gather_lm_head_ctx)
 
     def _build_teacher_pass(self) -> TeacherPass:
         scored = self.teacher.model if self.args.teacher_model_kind == "external" else self.model
@@ -327,8 +326,8 @@ class RLSDTrainer(GRPOTrainer):
         self._loss_inputs = dict(inputs)
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
-            # TRL's value comes from log-probs without gradient then; its other terms keep theirs
-            return loss if self._fused is None else self._fused.loss + (loss - loss.detach())
+            # with a fused loss TRL's body has worked on log-probs without gradient, for its metrics
+            return loss if self._fused is None else self._fused.loss
         finally:
             self._loss_inputs = self._fused = None
 
@@ -339,10 +338,10 @@ class RLSDTrainer(GRPOTrainer):
         # The first call within TRL's loss is the student's own forward; its log-probs cost nothing more.
         if self.args.use_liger_loss:
             self._fused = self._fused_loss(inputs)
-            model = partial(model, fused_loss=self._fused)
+            model = losses.fused_forward(model, self._fused)
         outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         student_logps = outputs[0].detach()
-        check_finite(student_logps, self._credited_mask(inputs), self.state.global_step)
+        losses.check_finite(student_logps, self._credited_mask(inputs), self.state.global_step)
         if not self._is_plain(inputs):
             self._add_credit_metrics(inputs, student_logps)
             inputs["advantages"] = self._token_credit(inputs, student_logps)
@@ -380,19 +379,19 @@ class RLSDTrainer(GRPOTrainer):
         weights = clipped_weight(gains, advantages, self.args.rlsd_reweight_clip_range)
         self._credit_metrics.add(credit_metrics(advantages, gains, *weights, counted))
 
-    def _fused_loss(self, inputs: dict[str, Any]) -> FusedLoss:
+    def _fused_loss(self, inputs: dict[str, Any]) -> losses.FusedLoss:
         mask, steps = self._credited_mask(inputs), self.current_gradient_accumulation_steps
         uncredited = {**inputs}
 
         def credit(logps, rows):
-            check_finite(logps, mask[rows], self.state.global_step, rows)
+            losses.check_finite(logps, mask[rows], self.state.global_step, rows)
             if self._is_plain(uncredited):
                 return uncredited["advantages"][rows]
             return self._token_credit(uncredited, logps, rows)
 
         # num_items_in_batch spans the generation batch, of all processes
         window = self.accelerator.num_processes * self.args.steps_per_generation / steps
-        factors = row_factors(
+        factors = losses.row_factors(
             self.args.loss_type,
             mask,
             max_completion_length=self.max_completion_length,
@@ -400,12 +399,13 @@ class RLSDTrainer(GRPOTrainer):
             num_items=inputs["num_items_in_batch"].clamp(min=1.0) / window,
         )
         ratio = inputs.get("importance_sampling_ratio") if self.use_vllm else None
-        batch = SurrogateBatch(
+        batch = losses.SurrogateBatch(
             mask, factors, inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps"), ratio
         )
-        surrogate = Surrogate.from_config(self.args)
-        float32_head = self.args.cast_lm_head_to_fp32
-        return FusedLoss(inputs["completion_ids"], batch, surrogate, credit, self.temperature, entropies, float32_head)
+        surrogate, float32_head = losses.Surrogate.from_config(self.args), self.args.cast_lm_head_to_fp32
+        return losses.FusedLoss(
+            inputs["completion_ids"], batch, surrogate, credit, self.temperature, float32_head=float32_head
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and self._teacher_is_used:
