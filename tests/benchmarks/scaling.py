@@ -3,8 +3,8 @@
     python tests/benchmarks/scaling.py [--device cuda] [--json FILE]
 
 A model of four layers (hidden 256) made in code, trained with LoRA; sampling is taken out as in update_time.py. Each
-line changes one size of the first; the ratios are to the first line's medians. `teacher` is the teacher's share of the
-update.
+line changes one size of the first, in a process of its own; the ratios are to the first line's medians. `teacher` is
+the teacher's share of the update.
 """
 
 import tempfile
@@ -12,7 +12,7 @@ import warnings
 
 import torch
 from datasets import Dataset
-from measure import arguments, median, report
+from measure import arguments, in_fresh_process, median, report
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ def main():
     figures, base = [], None
     lines = []
     for size in SIZES:
-        taken, teacher = run(size, options)
+        taken, teacher = in_fresh_process(run, size, options)
         base = taken if base is None else base
         figures.append({**size, "time": taken / base, "teacher_share": teacher / taken})
         lines.append("".join(f"{size[name]:>13,}" for name in BASE) + f"{taken / base:>9.2f}{teacher / taken:>9.0%}")
