@@ -14,9 +14,10 @@ LEVELS = [
     {"cli"},
     {"quickstart", "train"},
     {"trainer"},
-    {"teacher_pass", "prompt_check"},
+    {"teacher_pass", "prompt_check", "token_credit"},
     {"config", "teacher", "external", "collator", "losses", "checks", "rollouts"},
-    {"credit", "metrics", "rewards", "data"},
+    {"contrast", "spans", "alarms", "leakage"},
+    {"credit", "metrics", "rewards", "data", "dotted"},
 ]
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))

@@ -147,7 +147,9 @@ def test_every_field_has_help():
         "credit", "rlsd_lambda", "rlsd_lambda_warmup_steps", "rlsd_lambda_decay_steps", "rlsd_reweight_clip_range",
         "rlsd_negative_only", "teacher_model_kind", "teacher_sync_steps", "teacher_update_rate", "privileged_column",
         "teacher_prompt_template", "teacher_offload", "teacher_token_budget", "teacher_shared_prefix",
-        "use_liger_loss",
+        "use_liger_loss", "rlsd_lambda_negative", "rlsd_reweight_clip_range_negative", "credit_span",
+        "credit_mean_one", "contrast_column", "contrast_reference", "contrast_reward_below", "contrast_fallback",
+        "leak_phrases", "alarm_steps", "alarm_thresholds",
     }  # fmt: skip
     assert all(RLSDConfig.__dataclass_fields__[name].metadata["help"] for name in own)
 

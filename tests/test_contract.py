@@ -18,6 +18,7 @@ PRIVATE = {
     "_paper": "title, id and citation in the model card, class attribute",
     "_generate": "(prompts): called once a batch with the prompts that the student reads, before anything is sampled",
     "_generate_and_score_completions": "(inputs: list of rows) -> dict of tensors with B rows, plus 0-dim ones",
+    "_calculate_rewards": "(inputs, prompts, completions, ids) -> rewards of all processes (N, functions), in order",
     "_compute_loss": "(model, inputs): reads inputs['advantages'], (B,) or (B, T), after the student's forward",
     "_get_per_token_logps_and_entropies": "(model, ids, mask, logits_to_keep) -> (log-probs (B, T), ...)",
     "_tokenize_prompts": "(prompts) -> (token ids per prompt, ...), template, tools and kwargs applied",
@@ -37,6 +38,7 @@ SUBMODULES = [
     "accelerate.commands.launch.launch_command_parser",
     "accelerate.logging.get_logger",
     "accelerate.utils.DistributedType",
+    "accelerate.utils.gather_object",
     "accelerate.utils.is_peft_model",
     "transformers.cache_utils.Cache",
     "transformers.cache_utils.DynamicLayer",
@@ -227,6 +229,6 @@ def test_private_attributes_are_there(tmp_path):
     built._set_signature_columns_if_needed()
     missing = [name for name in PRIVATE if name != "_attn_implementation" and not hasattr(built, name)]
     assert missing == []
-    assert built._signature_columns == ["prompt", "image", "images"]
+    assert built._signature_columns == ["prompt", "image", "images", "privileged_context"]
     assert isinstance(built.model.config._attn_implementation, str)
     assert built._step == 0

@@ -7,11 +7,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_rlsd.credit import Credit, gain, get_credit, lambda_at, register_credit, token_advantages
+from trl_rlsd.credit import (
+    Credit,
+    gain,
+    get_credit,
+    lambda_at,
+    mean_one,
+    register_credit,
+)
+from trl_rlsd.credit import token_advantages as run
 
 
-NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd"]
+CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive"]
+NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "antisd", "sdar", *CONTRASTS]
+KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt"]
 KNOBS = {"lam": 0.5, "clip_range": 0.2, "negative_only": False}
+
+
+def token_advantages(credit, advantages, student, teacher, mask, scored=None, **options):
+    """A contrast's wrong reference moves each token by another amount than the right one."""
+    if credit.contrast and "wrong_logps" not in options:
+        options["wrong_logps"] = 0.5 * (student + teacher.flip(0))
+    return run(credit, advantages, student, teacher, mask, scored, **options)
 
 
 @st.composite
@@ -42,18 +59,19 @@ def test_lambda_zero_is_grpo_bit_for_bit(batch, name):
     assert torch.equal(credited, expected.to(credited.dtype))
 
 
-@given(batches(), knobs)
-def test_rlsd_never_turns_the_verdict_over(batch, options):
+@given(batches(), st.sampled_from(KEEP_SIGN), knobs)
+def test_what_keeps_the_sign_never_turns_the_verdict_over(batch, name, options):
     advantages, _, _, mask = batch
-    credited = token_advantages(get_credit("rlsd"), *batch, **options)
+    assert get_credit(name).keeps_sign
+    credited = token_advantages(get_credit(name), *batch, **options)
     product = credited * advantages.unsqueeze(1)
     assert (product[mask.bool()] >= 0).all()
-    if options["lam"] < 1 or options["clip_range"] < 1:
+    if name != "rlcsd" and (options["lam"] < 1 or options["clip_range"] < 1):
         strict = mask.bool() & (advantages != 0).unsqueeze(1)
         assert (product[strict] > 0).all()
 
 
-@given(batches(), st.sampled_from(["rlsd", "grpo"]), knobs)
+@given(batches(), st.sampled_from(KEEP_SIGN), knobs)
 def test_zero_advantage_stays_zero(batch, name, options):
     advantages, *rest = batch
     credited = token_advantages(get_credit(name), torch.zeros_like(advantages), *rest, **options)
@@ -64,7 +82,10 @@ def test_zero_advantage_stays_zero(batch, name, options):
 def test_pads_are_inert_even_when_they_hold_nan_or_inf(batch, name, options, poison):
     advantages, student, teacher, mask = batch
     clean = token_advantages(get_credit(name), *batch, **options)
+    wrong = 0.5 * (student + teacher.flip(0))
     poisoned = [logps.masked_fill(mask == 0, poison) for logps in (student, teacher)]
+    if get_credit(name).contrast:
+        options = {**options, "wrong_logps": wrong.masked_fill(mask == 0, poison)}
     assert torch.equal(token_advantages(get_credit(name), advantages, *poisoned, mask, **options), clean)
     assert (clean[mask == 0] == 0).all()
 
@@ -85,15 +106,17 @@ def test_rows_that_no_teacher_scored_keep_the_plain_advantage(batch, name, optio
     advantages, student, teacher, mask = batch
     scored = torch.arange(len(advantages)) % 2 == 0
     teacher = teacher.masked_fill(~scored.unsqueeze(1), math.nan)
+    if get_credit(name).contrast:
+        options = {**options, "wrong_logps": student}
     credited = token_advantages(get_credit(name), advantages, student, teacher, mask, scored, **options)
     plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
     assert torch.equal(credited[~scored], plain[~scored].to(credited.dtype))
 
 
-@given(batches(), knobs)
-def test_rlsd_credit_stays_within_the_clip_range(batch, options):
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlrt"]), knobs)
+def test_multiplicative_credit_stays_within_the_clip_range(batch, name, options):
     advantages, _, _, mask = batch
-    credited = token_advantages(get_credit("rlsd"), *batch, **options)
+    credited = token_advantages(get_credit(name), *batch, **options)
     factor = credited / advantages.unsqueeze(1)
     factor = factor[mask.bool() & (advantages != 0).unsqueeze(1)]
     lam, eps = options["lam"], options["clip_range"]
@@ -101,10 +124,10 @@ def test_rlsd_credit_stays_within_the_clip_range(batch, options):
     assert (factor <= 1 + lam * eps + 1e-5).all()
 
 
-@given(batches(), knobs)
-def test_negative_only_leaves_the_right_completions_alone(batch, options):
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast"]), knobs)
+def test_negative_only_leaves_the_right_completions_alone(batch, name, options):
     advantages, _, _, mask = batch
-    credited = token_advantages(get_credit("rlsd"), *batch, **{**options, "negative_only": True})
+    credited = token_advantages(get_credit(name), *batch, **{**options, "negative_only": True})
     right = advantages > 0
     plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
     torch.testing.assert_close(credited[right], plain[right].to(credited.dtype), rtol=1e-6, atol=0)
@@ -128,6 +151,76 @@ def test_opsd_is_the_gain_and_the_hybrid_adds_it():
     hybrid = token_advantages(get_credit("grpo_opsd"), advantages, student, teacher, mask, **KNOBS)
     assert opsd.tolist() == [[-0.5, 2.0]]
     assert hybrid.tolist() == [[0.75, 2.0]]
+
+
+LN2 = math.log(2.0)
+# one token with log S = -2, log T+ = -1, log T- = -1.5: gain 1, contrast 0.5
+BY_HAND = {
+    # A = 2                                                        A = -2
+    "rlsd": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
+    "rlsd_contrast": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
+    "rlrt": (2 * (0.5 + 0.5 * 0.8), -2.0),
+    "rlcsd": (2 + 0.5 * math.tanh(25), -2 + 0.5 * math.tanh(25)),
+    "contrast_additive": (2 + 0.5 * 0.2, -2 + 0.5 * 0.2),
+    "antisd": (2 - 0.25 * (math.log(1 + math.e) - LN2), -2 - 0.25 * (math.log(1 + math.e) - LN2)),
+    "sdar": (2 + 0.5 / (1 + math.exp(-5)), -2 + 0.5 / (1 + math.exp(-5))),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_every_formula_equals_what_is_computed_by_hand(name):
+    student, teacher, wrong = (torch.full((2, 1), value) for value in (-2.0, -1.0, -1.5))
+    extra = {"wrong_logps": wrong} if get_credit(name).contrast else {}
+    credited = run(get_credit(name), torch.tensor([2.0, -2.0]), student, teacher, torch.ones(2, 1), **KNOBS, **extra)
+    assert credited.squeeze(1).tolist() == pytest.approx(BY_HAND[name], rel=1e-6)
+
+
+@given(batches(), knobs)
+def test_a_contrast_with_the_students_own_log_probs_is_one_sided(batch, options):
+    advantages, student, teacher, mask = batch
+    one_sided = run(get_credit("rlsd"), *batch, **options)
+    assert torch.equal(run(get_credit("rlsd_contrast"), *batch, wrong_logps=student, **options), one_sided)
+
+
+@given(batches(), st.sampled_from(CONTRASTS), knobs)
+def test_two_references_that_say_the_same_give_grpo(batch, name, options):
+    advantages, student, teacher, mask = batch
+    credited = run(get_credit(name), *batch, wrong_logps=teacher, **options)
+    plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
+    torch.testing.assert_close(credited, plain.to(credited.dtype), rtol=1e-6, atol=1e-7)
+
+
+def test_the_additive_contrast_teaches_a_group_in_which_all_failed():
+    student, teacher, wrong = (torch.full((1, 1), value) for value in (-2.0, -1.0, -1.5))
+    nothing = torch.zeros(1)
+    for name in NAMES:
+        extra = {"wrong_logps": wrong} if get_credit(name).contrast else {}
+        credited = run(get_credit(name), nothing, student, teacher, torch.ones(1, 1), **KNOBS, **extra)
+        assert (credited != 0).item() == (name not in KEEP_SIGN), name
+
+
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd"]), knobs)
+def test_mean_one_moves_credit_and_adds_none(batch, name, options):
+    advantages, _, _, mask = batch
+    credited = token_advantages(get_credit(name), *batch, **options)
+    moved = mean_one(credited, advantages, mask)
+    assert (moved * advantages.unsqueeze(1) >= 0).all()
+    for row in range(len(advantages)):
+        keep = mask[row].bool()
+        if credited[row].abs().sum() > 0:
+            assert moved[row][keep].mean().item() == pytest.approx(advantages[row].item(), rel=1e-4)
+        else:
+            assert torch.equal(moved[row], credited[row])
+
+
+def test_lambda_and_clip_range_may_differ_by_the_sign():
+    student, teacher = torch.full((2, 1), -2.0), torch.full((2, 1), -1.0)
+    lam, clip_range = torch.tensor([[0.5], [1.0]]), torch.tensor([[0.2], [0.4]])
+    credited = run(
+        get_credit("rlsd"), torch.tensor([2.0, -2.0]), student, teacher, torch.ones(2, 1), lam=lam,
+        clip_range=clip_range, negative_only=False,
+    )  # fmt: skip
+    assert credited.squeeze(1).tolist() == pytest.approx([2.2, -1.2], rel=1e-6)
 
 
 @given(batches())
@@ -172,5 +265,10 @@ def test_mistakes_of_a_users_function_are_named():
     diverged = Credit("log", lambda a, s, t, m, **k: (s - 1).log(), "all", False, False)
     with pytest.raises(ValueError, match="row 0, token 0"):
         token_advantages(diverged, torch.ones(2), ones, ones, ones)
+    turned = Credit("turned", lambda a, s, t, m, **k: -a.unsqueeze(1) * m, "all", True, False)
+    with pytest.raises(ValueError, match=r"'turned' is registered with keeps_sign=True, but gave -1.0 at row 0"):
+        token_advantages(turned, torch.ones(2), ones, ones, ones)
+    with pytest.raises(ValueError, match="contrast=True needs a teacher"):
+        register_credit("no_teacher", teacher_rows="none", contrast=True)
     with pytest.raises(ValueError, match="Expected advantages"):
         token_advantages(get_credit("rlsd"), torch.ones(2), ones, torch.ones(2, 4), ones, **KNOBS)

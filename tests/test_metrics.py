@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_rlsd.credit import clipped_weight, gain
-from trl_rlsd.metrics import TOKEN_METRICS
-from trl_rlsd.metrics import credit_metrics as metrics_of
+from trl_rlsd.credit import gain, signed_weight
+from trl_rlsd.metrics import TOKEN_METRICS, gain_metrics, place_metrics, sign_agreement, weight_metrics
 
 
 def credit_metrics(advantages, student_logps, teacher_logps, mask, *, clip_range):
     gains = gain(student_logps, teacher_logps, mask)
-    return metrics_of(advantages, gains, *clipped_weight(gains, advantages, clip_range), mask)
+    weights = signed_weight(gains, advantages, clip_range)
+    return gain_metrics(advantages, gains, mask) | weight_metrics(advantages, *weights, mask)
 
 
 def batch(seed, rows=6, tokens=5):
@@ -76,3 +76,57 @@ def test_the_kl_estimate_is_the_exact_divergence_in_expectation():
         for s, t in zip(student, teacher, strict=True)
     ]
     assert sum(p * e for p, e in zip(student.exp().tolist(), estimates, strict=True)) == pytest.approx(exact, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- where the credit lies
+
+
+def test_plain_credit_lies_evenly_and_moves_nothing():
+    advantages, mask = torch.tensor([1.0, -2.0]), torch.ones(2, 8)
+    credited = advantages.unsqueeze(1).expand(2, 8)
+    answer = torch.zeros(2, 8, dtype=torch.bool)
+    answer[:, 6:] = True
+    means = {name: (part / whole).item() for name, (part, whole) in place_metrics(credited, advantages, mask).items()}
+    assert means == {f"credit_quarter_{quarter}": 0.25 for quarter in (1, 2, 3, 4)}
+    places = place_metrics(credited, advantages, mask, answer)
+    assert (places["credit_on_answer"][0] / places["credit_on_answer"][1]).item() == 0.25
+    assert places["moved_on_answer"] == (0.0, 0.0)
+
+
+@given(st.integers(0, 2**31))
+def test_the_quarters_are_of_each_completion_and_add_up(seed):
+    advantages, student, _, mask = batch(seed)
+    credited = student.masked_fill(mask == 0, math.nan)
+    places = place_metrics(credited.nan_to_num(7.0), advantages, mask)
+    total = sum(places[f"credit_quarter_{quarter}"][0].item() for quarter in (1, 2, 3, 4))
+    assert total == pytest.approx(student.abs().masked_fill(mask == 0, 0.0).sum().item(), rel=1e-5)
+
+
+def test_what_the_teacher_moves_is_found_on_the_answer():
+    credited = torch.tensor([[1.0, 1.0, 1.0, 1.5], [-1.0, -0.5, -1.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    answer = torch.tensor([[False, False, False, True], [False, False, False, True]])
+    part, whole = place_metrics(credited, torch.tensor([1.0, -1.0]), mask, answer)["moved_on_answer"]
+    assert (part.item(), whole.item()) == (0.5, 1.0)
+
+
+def test_two_references_agree_where_they_move_a_token_the_same_way():
+    right, wrong = torch.tensor([[1.0, -1.0, 2.0, 0.0, 3.0]]), torch.tensor([[2.0, 1.0, -1.0, 1.0, 1.0]])
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    part, whole = sign_agreement(right, wrong, mask)["sign_agreement"]
+    assert (part.item(), whole.item()) == (1.0, 3.0)
+
+
+def test_the_sum_of_gains_is_per_completion_by_the_sign_of_its_advantage():
+    student, teacher = torch.full((4, 2), -2.0), torch.full((4, 2), -1.5)
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 1]])
+    metrics = credit_metrics(torch.tensor([1.0, 1.0, 1.0, -1.0]), student, teacher, mask, clip_range=0.2)
+    assert [value.item() for value in metrics["gain_sum_pos"]] == [1.5, 2.0]
+    assert [value.item() for value in metrics["gain_sum_neg"]] == [1.0, 1.0]
+
+
+def test_clipping_is_told_by_the_sign_of_the_advantage():
+    student, teacher = torch.full((2, 4), -2.0), torch.tensor([[-1.0, -2.0, -2.0, -3.0]] * 2)
+    metrics = credit_metrics(torch.tensor([1.0, -1.0]), student, teacher, torch.ones(2, 4), clip_range=0.2)
+    for name in ("clip_low_pos", "clip_high_pos", "clip_low_neg", "clip_high_neg"):
+        assert [value.item() for value in metrics[name]] == [1.0, 4.0]

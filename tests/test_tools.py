@@ -33,17 +33,17 @@ def double(number: int) -> int:
     return 2 * number
 
 
-def build(folder, **options):
+def build(folder, credit="rlsd", contrast_reference="answer", **options):
     template = importlib.resources.files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
     tokenizer = byte_tokenizer(template, extra=("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"))
 
     def varied(completions, **columns):
-        return [float(i % 4) for i in range(len(completions))]
+        return [i % 4 / 4 for i in range(len(completions))]
 
     built = RLSDTrainer(
         tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=4096),
         varied,
-        config(folder, max_steps=1, max_completion_length=256),
+        config(folder, max_steps=1, max_completion_length=256, credit=credit, contrast_reference=contrast_reference),
         dataset(conversational=True),
         processing_class=tokenizer,
         **options,
@@ -105,3 +105,20 @@ def test_an_environment_that_shows_the_context_to_the_student_is_refused(tmp_pat
     with pytest.raises(ValueError, match="is in the student's prompt already"):
         built.train()
     assert generated == []
+
+
+@pytest.mark.parametrize("options", [{"tools": [double]}, {"environment_factory": Calculator}], ids=["tools", "env"])
+def test_a_contrast_works_with_tools_and_environments(tmp_path, options):
+    """TRL pairs every prompt that it tokenizes with an environment, also those with a wrong reference."""
+    built = build(tmp_path, credit="rlsd_contrast", contrast_reference="completion", **options)
+    turns = iter(range(1000))
+    built._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
+        [built.processing_class.encode(f"{next(turns)}<|im_end|>") for _ in prompt_ids],
+        None,
+    )
+    seen = []
+    score = built._score_with_teacher
+    built._score_with_teacher = lambda batch, *rest: score(batch, *rest) or seen.append(batch)
+    built.train()
+    assert seen[0]["wrong_scored"].any()
+    assert torch.isfinite(seen[0]["wrong_logps"]).all()

@@ -1,6 +1,7 @@
 """RLSDTrainer in TRL's training loop: what changes, what must not, and what it costs."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -581,3 +582,17 @@ def test_the_model_card_names_the_method_and_its_paper(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "2604.03128" in card
     assert "rlsd" in card
+
+
+@pytest.mark.parametrize("liger", [False, True], ids=["default", "liger"])
+@pytest.mark.parametrize(("name", "message"), [("gives_nan", "gave nan at row"), ("turns_over", "keeps_sign=True")])
+def test_a_users_broken_credit_is_stopped_with_function_step_and_row(tmp_path, name, message, liger):
+    broken = {
+        "gives_nan": lambda advantages, student, teacher, mask, **knobs: teacher * math.nan,
+        "turns_over": lambda advantages, student, teacher, mask, **knobs: -advantages.unsqueeze(1) * mask,
+    }
+    registered = f"{name}_{liger}"
+    register_credit(registered, keeps_sign=name == "turns_over")(broken[name])
+    built = trainer(tmp_path, credit=registered, use_liger_loss=liger)
+    with pytest.raises(ValueError, match=rf"Step 0.*: The credit function '{registered}' .*{message}"):
+        built.train()

@@ -9,16 +9,22 @@ The rooms, upper ones import lower ones only:
     config        RLSDConfig: fields and their ranges
     prompt_check  what both will read, rendered and shown before anything is generated
     teacher_pass  which completions are scored together, and what is encoded once
+    token_credit  from a micro-batch to token advantages and their diagnostics
     teacher       whose weights score: live, synced, ema, base, external
     external      another model as teacher: loaded, checked, placed
     losses        the clipped surrogate: a plain specification, and its fused twin on Liger's base
     collator      the privileged prompt that the teacher reads
     rollouts      completions that a checkpoint keeps for later use
     checks        what is refused before anything is loaded or generated
+    contrast      wrong references, for a second reading by the teacher
+    spans         where in a completion credit acts
+    alarms        what the metrics say when the signal is broken
+    leakage       whether completions hold what only the teacher may read
     metrics       credit diagnostics
-    credit        the maths: gain, token credit, the lambda schedule
+    credit        the maths: gain, credit functions by name, the lambda schedule
     rewards       verifiable rewards, by name
     data          datasets with a privileged column
+    dotted        a user's function by its dotted path
 
 Axes, everywhere: B rows, T completion tokens, P and P' prompt tokens of student and teacher. `student_*` is read after
 the plain prompt, `teacher_*` after the privileged one; `*_logps` (B, T) are nats; `*_mask` 1 = counts; `gain` =

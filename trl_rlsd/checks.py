@@ -28,27 +28,27 @@ def check_teacher_model(kind: str, teacher_model: Any, used: bool) -> None:
         )
 
 
-def check_column(dataset: Any, column: str) -> None:
-    """What a dataset tells of its privileged column before a row is read.
+def check_column(dataset: Any, column: str, field: str = "privileged_column") -> None:
+    """What a dataset tells of a column with references before a row is read.
 
     Raises: ValueError where it is missing, TypeError where it holds numbers or the like.
     """
     if dataset is None:
         raise ValueError(
-            f"train_dataset is None, so there is no column {column!r} (privileged_column) for the teacher. Give a "
+            f"train_dataset is None, so there is no column {column!r} ({field}) for the teacher. Give a "
             "dataset with that column, or use credit='grpo'."
         )
     columns = getattr(dataset, "column_names", None)  # None for a stream that has not been looked at
     if columns is not None and column not in columns:
         raise ValueError(
-            f"train_dataset has no column {column!r} (privileged_column); its columns are "
+            f"train_dataset has no column {column!r} ({field}); its columns are "
             f"{', '.join(map(repr, columns))}. Add the column (None or '' for rows without privileged context), set "
-            "`privileged_column` to the one that holds it, or use credit='grpo'."
+            f"`{field}` to the one that holds it, or use credit='grpo'."
         )
     kind = getattr((getattr(dataset, "features", None) or {}).get(column), "dtype", None)
     if isinstance(kind, str) and kind not in _TEXT_OR_MESSAGES:
         raise TypeError(
-            f"Column {column!r} (privileged_column) of train_dataset is of type {kind}; it must be a string or a list "
+            f"Column {column!r} ({field}) of train_dataset is of type {kind}; it must be a string or a list "
             f"of messages. Convert it: dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}})."
         )
 
@@ -102,6 +102,12 @@ def check_head(head: nn.Module, has_router_loss: bool) -> None:
             "use_liger_loss=True with router_aux_loss_coef != 0: the fused forward does not return the router's "
             f"load-balancing loss. Set router_aux_loss_coef=0. Or: {alternative}"
         )
+
+
+def position_limit(*models: nn.Module) -> int | None:
+    """The most positions that all of the models have; None where no model says."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def position_warning(model_type: str) -> str | None:

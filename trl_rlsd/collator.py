@@ -57,22 +57,38 @@ class PrivilegedPromptCollator:
             ValueError: the row lacks the column; the message names the row and the columns there are.
             TypeError: the column holds neither a string nor a list of messages.
         """
-        if self.column not in row:
+        return self.text(row, self.column, "privileged_column", index)
+
+    def contexts(self, rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """The privileged texts of a batch; see `context`."""
+        return [self.context(row, index) if self.reads_context else None for index, row in enumerate(rows)]
+
+    def readable(self, row: Mapping[str, Any]) -> str | None:
+        """The row's privileged text if there is one, and None without complaint if not: for GRPO, which needs none."""
+        try:
+            return self.text(row, self.column, "privileged_column")
+        except (TypeError, ValueError):
+            return None
+
+    @staticmethod
+    def text(row: Mapping[str, Any], column: str, field: str, index: int = 0) -> str | None:
+        """The text of any such column, named by a config field; see `context`."""
+        if column not in row:
             raise ValueError(
-                f"Row {index} has no column {self.column!r} (privileged_column); it has "
+                f"Row {index} has no column {column!r} ({field}); it has "
                 f"{', '.join(repr(name) for name in row)}. Add the column (None or '' for a row without privileged "
-                "context), or set `privileged_column` to the one that holds it."
+                f"context), or set `{field}` to the one that holds it."
             )
-        value = row[self.column]
+        value = row[column]
         if value is None or isinstance(value, str):
             return value or None
         if isinstance(value, Sequence) and all(isinstance(m, Mapping) and "content" in m for m in value):
-            contents = [_text_of(message["content"], self.column, index) for message in value]
+            contents = [_text_of(message["content"], column, index) for message in value]
             if len(value) > 1:
                 contents = [f"{m.get('role', 'message')}: {text}" for m, text in zip(value, contents, strict=True)]
             return "\n\n".join(contents) or None
         raise TypeError(
-            f"Column {self.column!r} (privileged_column) of row {index} holds {type(value).__name__} ({value!r:.80}). "
+            f"Column {column!r} ({field}) of row {index} holds {type(value).__name__} ({value!r:.80}). "
             "It must be a string or a list of messages with 'content'; convert it, e.g. with `dataset.map`."
         )
 
@@ -113,7 +129,7 @@ class PrivilegedPromptCollator:
         teacher, the same as) the student, so that scoring it is of use."""
         if not self.reads_context:
             return [self.prompt(prompt, None) for prompt in prompts], [True] * len(prompts)
-        contexts = [self.context(row, index) for index, row in enumerate(rows)]
+        contexts = self.contexts(rows)
         teacher_prompts = [self.prompt(p, context) for p, context in zip(prompts, contexts, strict=True)]
         return teacher_prompts, [context is not None for context in contexts]
 
@@ -151,6 +167,19 @@ class PrivilegedPromptCollator:
                 f"{teacher_text!r:.400}. The chat template drops or rewrites it: check `teacher_prompt_template` and "
                 "the tokenizer's chat template."
             )
+
+
+def text_of(turns: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a prompt or a completion, without what tools wrote."""
+    if isinstance(turns, str):
+        return turns
+    # chat templates that parse their output put the thinking into a field of its own
+    parts = ("reasoning_content", "content")
+    contents = [turn[part] for turn in turns if turn.get("role") != "tool" for part in parts if turn.get(part)]
+    return "\n".join(
+        content if isinstance(content, str) else " ".join(part.get("text") or "" for part in content)
+        for content in contents
+    )
 
 
 def teacher_inputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -9,7 +10,11 @@ from numbers import Real
 
 from trl import GRPOConfig
 
-from trl_rlsd.credit import get_credit
+from trl_rlsd.alarms import check_thresholds
+from trl_rlsd.contrast import get_reference
+from trl_rlsd.credit import Credit, get_credit
+from trl_rlsd.leakage import LEAK_PHRASES
+from trl_rlsd.spans import get_span
 
 
 # The reference stands first and the student's prompt last and verbatim: prompts that end differently would make the
@@ -26,6 +31,10 @@ TEACHER_KINDS = ("synced", "live", "ema", "base", "external")
 _RATIO_CARRIES_GRADIENT = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
 
 
+# credit functions that add to advantages, or touch positive ones alone
+_NOT_REWEIGHTED = ("rlrt", "opsd", "grpo_opsd", "contrast_additive", "antisd", "sdar")
+
+
 @dataclass
 class RLSDConfig(GRPOConfig):
     """
@@ -38,7 +47,10 @@ class RLSDConfig(GRPOConfig):
 
     credit: str = field(
         default="rlsd",
-        metadata={"help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', or one of your own."},
+        metadata={
+            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_contrast', 'rlcsd', "
+            "'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
+        },
     )
     rlsd_lambda: float = field(
         default=0.5,
@@ -59,6 +71,69 @@ class RLSDConfig(GRPOConfig):
     rlsd_negative_only: bool = field(
         default=False,
         metadata={"help": "Reweight only the completions with a negative advantage."},
+    )
+    rlsd_lambda_negative: float | None = field(
+        default=None,
+        metadata={"help": "Peak mixing weight where A < 0, in [0, 1]; None: `rlsd_lambda`."},
+    )
+    rlsd_reweight_clip_range_negative: float | None = field(
+        default=None,
+        metadata={"help": "eps_w where A < 0; None: `rlsd_reweight_clip_range`."},
+    )
+    credit_span: str = field(
+        default="all",
+        metadata={
+            "help": "Where in a completion token credit acts; the other tokens keep the plain advantage: 'all', "
+            "'thinking', 'before_answer', or the dotted path of a function text -> (first character, end) or None."
+        },
+    )
+    credit_mean_one: bool = field(
+        default=False,
+        metadata={
+            "help": "Rescale each completion's credit so that its mean over the tokens is the advantage: credit is "
+            "moved between tokens, and clipping adds or takes none."
+        },
+    )
+    contrast_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column with a wrong reference, for a credit with contrast. None: a wrong sibling's "
+            "(see `contrast_reference`)."
+        },
+    )
+    contrast_reference: str = field(
+        default="answer",
+        metadata={
+            "help": "What of a wrong sibling is the wrong reference: its final 'answer', its whole 'completion', or "
+            "the dotted path of a function text -> str or None. It should look like the right references do."
+        },
+    )
+    contrast_reward_below: float = field(
+        default=0.5,
+        metadata={"help": "A completion whose total reward is below this is wrong."},
+    )
+    contrast_fallback: str = field(
+        default="grpo",
+        metadata={
+            "help": "Credit of a row without a wrong reference: 'grpo', or 'one_sided', the gain over the student "
+            "alone. `rlsd/no_contrast` counts such rows.",
+            "choices": ["grpo", "one_sided"],
+        },
+    )
+    leak_phrases: list[str] = field(
+        default_factory=lambda: list(LEAK_PHRASES),
+        metadata={
+            "help": "Phrases that cite a reference: `rlsd/leak_cites` is the share of completions with one that their "
+            "prompt does not hold."
+        },
+    )
+    alarm_steps: int = field(
+        default=50,
+        metadata={"help": "Steps in which the same alarm is given once at most; 0 switches all alarms off."},
+    )
+    alarm_thresholds: dict[str, float | None] | str | None = field(
+        default=None,
+        metadata={"help": "Other thresholds by the alarm's name, None to switch one off; see `trl_rlsd.alarms`."},
     )
     teacher_model_kind: str = field(
         default="synced",
@@ -131,12 +206,18 @@ class RLSDConfig(GRPOConfig):
             ("rlsd_lambda", 0.0, 1.0),
             ("rlsd_reweight_clip_range", 0.0, math.inf),
             ("teacher_update_rate", 0.0, 1.0),
+            ("contrast_reward_below", -math.inf, math.inf),
+            ("rlsd_lambda_negative", 0.0, 1.0),
+            ("rlsd_reweight_clip_range_negative", 0.0, math.inf),
         ):
             value = getattr(self, name)
+            if value is None and name.endswith("_negative"):
+                continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number.")
             if not low <= value <= high or math.isinf(value):
                 bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"finite and at least {low:g}"
+                bounds = bounds if low > -math.inf else "finite"
                 raise ValueError(f"{name}={value!r} is out of range; it must be {bounds}.")
         if self.teacher_update_rate == 0:
             raise ValueError(
@@ -148,18 +229,26 @@ class RLSDConfig(GRPOConfig):
             ("rlsd_lambda_decay_steps", 0),
             ("teacher_sync_steps", 1),
             ("teacher_token_budget", 1),
+            ("alarm_steps", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a whole number.")
             if value < low:
                 raise ValueError(f"{name}={value!r} is out of range; it must be at least {low}.")
-        for name in ("rlsd_negative_only", "teacher_offload", "use_liger_loss"):
+        for name in ("rlsd_negative_only", "credit_mean_one", "teacher_offload", "use_liger_loss"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.teacher_shared_prefix not in (None, True, False):
             raise TypeError(f"teacher_shared_prefix={self.teacher_shared_prefix!r} must be True, False or None.")
-        for name in ("credit", "teacher_model_kind", "privileged_column", "teacher_prompt_template"):
+        for name in (
+            "credit",
+            "contrast_reference",
+            "credit_span",
+            "teacher_model_kind",
+            "privileged_column",
+            "teacher_prompt_template",
+        ):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
         if self.teacher_model_kind not in TEACHER_KINDS:
@@ -167,7 +256,44 @@ class RLSDConfig(GRPOConfig):
                 f"teacher_model_kind={self.teacher_model_kind!r} is unknown; choose one of "
                 f"{', '.join(map(repr, TEACHER_KINDS))}."
             )
-        get_credit(self.credit)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        if self.contrast_fallback not in ("grpo", "one_sided"):
+            raise ValueError(f"contrast_fallback={self.contrast_fallback!r} must be 'grpo' or 'one_sided'.")
+        get_reference(self.contrast_reference)
+        get_span(self.credit_span)
+        if not isinstance(self.leak_phrases, list) or not all(isinstance(p, str) and p for p in self.leak_phrases):
+            raise TypeError(f"leak_phrases={self.leak_phrases!r} must be a list of phrases.")
+        if isinstance(self.alarm_thresholds, str):  # from the command line
+            try:
+                self.alarm_thresholds = json.loads(self.alarm_thresholds)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"alarm_thresholds={self.alarm_thresholds!r} is not JSON: {error}.") from error
+        check_thresholds(self.alarm_thresholds)
+        self._check_credit(get_credit(self.credit))
+
+    def _check_credit(self, credit: Credit) -> None:
+        if credit.contrast and self.contrast_column is None and self.num_generations == 1:
+            raise ValueError(
+                f"credit={self.credit!r} takes its wrong references from siblings, of which num_generations=1 leaves "
+                "none. Raise num_generations, or name a `contrast_column`."
+            )
+        if self.credit_mean_one and not credit.keeps_sign:
+            raise ValueError(
+                f"credit_mean_one=True rescales by the mean of the credit, which for credit={self.credit!r} can be 0 "
+                "or of the other sign. Use a credit that keeps the sign, or leave it False."
+            )
+        if self.rlsd_negative_only and credit.name in _NOT_REWEIGHTED:
+            raise ValueError(
+                f"rlsd_negative_only=True is for a credit that reweights advantages; credit={self.credit!r} adds to "
+                "them, or touches positive ones alone. Leave it False."
+            )
+        if self.credit_span != "all" and credit.teacher_rows == "none" and credit.name != "grpo":
+            raise ValueError(
+                f"credit_span={self.credit_span!r} bounds what a teacher's scores do; credit={self.credit!r} is "
+                "registered with teacher_rows='none'. Leave it 'all', or register it with 'all'."
+            )
 
     def _check_liger_loss(self) -> None:
         if find_spec("liger_kernel") is None:

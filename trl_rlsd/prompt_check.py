@@ -3,6 +3,7 @@ refused if it cannot be right."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,14 @@ class PromptCheck:
             first = has_context.index(True)
             self._show(rows[first], self.tokenize(prompts)[first], teacher_ids[first])
         return teacher_ids, has_context
+
+    def wrong(self, prompts: list, references: Sequence[str | None]) -> tuple[list[list[int]], list[bool]]:
+        """The prompt ids with wrong references in the place of the right ones, and for each row whether it has one
+        that fits into the model. The lengths are not known before sampling, so that one too long is left out."""
+        # all rows: with environments TRL pairs the prompts that it tokenizes with the batch's environments
+        ids = self.tokenize([self.collator.prompt(p, r) for p, r in zip(prompts, references, strict=True)])
+        room = math.inf if self.positions is None else self.positions - self.max_completion_length
+        return ids, [r is not None and len(own) <= room for r, own in zip(references, ids, strict=True)]
 
     def rollout(self, prompts: list, rollout_ids: Sequence[Sequence[int]]) -> None:
         """Warn, once, of a `rollout_func` that samples from another prompt than the trainer renders."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from trl import GRPOConfig
 
 
 logger = get_logger(__name__)
@@ -39,3 +40,16 @@ def load_rollouts(
         )
         return None
     return state["step"], state["batches"]
+
+
+def steps_of_batch(now: int, micro_batches: int, args: GRPOConfig) -> range:
+    """The optimizer steps in which slices of the batch that is generated now can be used.
+
+    Args:
+        now: the optimizer step.
+        micro_batches: micro-batches done.
+        args: how often, and in steps of how many micro-batches, a batch is used.
+    """
+    uses, accumulation = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
+    aligned = uses % accumulation == 0 and micro_batches % accumulation == 0
+    return range(now, now + (uses - 1) // accumulation + (1 if aligned else 2))

@@ -7,6 +7,7 @@ body is repeated here; these are extended, each through `super()`:
     _set_signature_columns_if_needed     the privileged column survives remove_unused_columns
     _generate                            before a batch is generated: what the teacher will read is built and checked
     _generate_and_score_completions      after it: the teacher scores the completions that matter
+    _calculate_rewards                   completions and verdicts, for diagnostics and wrong references
     _compute_loss                        hands TRL a copy of the batch, in which ...
     _get_per_token_logps_and_entropies   ... the advantages become token advantages as soon as the student's log-probs
                                          of this very forward are there: TRL reads the advantages after them. With
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME
@@ -35,6 +36,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from trl_rlsd import losses
+from trl_rlsd.alarms import AlarmCallback
 from trl_rlsd.checks import (
     check_column,
     check_copies,
@@ -42,18 +44,22 @@ from trl_rlsd.checks import (
     check_processing,
     check_teacher_model,
     dropout_warning,
+    position_limit,
     position_warning,
     sampler_warning,
 )
-from trl_rlsd.collator import PrivilegedPromptCollator
+from trl_rlsd.collator import PrivilegedPromptCollator, text_of
 from trl_rlsd.config import RLSDConfig
-from trl_rlsd.credit import clipped_weight, gain, get_credit, informative, lambda_at, token_advantages
+from trl_rlsd.contrast import is_wrong, references_of, wrong_references
 from trl_rlsd.external import load_external, prepare_external
-from trl_rlsd.metrics import MetricSums, credit_metrics
+from trl_rlsd.leakage import leak_metrics
+from trl_rlsd.metrics import MetricSums
 from trl_rlsd.prompt_check import PromptCheck
-from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts
+from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts, steps_of_batch
+from trl_rlsd.spans import CreditSpan, TokenSpan, final_answer_span
 from trl_rlsd.teacher import STATE_FILE, Teacher, TeacherCallback, build_teacher, scoring
 from trl_rlsd.teacher_pass import TeacherPass, resolve_sharing
+from trl_rlsd.token_credit import TokenCredit, counted
 
 
 logger = get_logger(__name__)
@@ -108,7 +114,10 @@ class RLSDTrainer(GRPOTrainer):
 
     # Class attributes, so that a trainer made without __init__ (as in TRL's own tests) still runs TRL's methods.
     _rows: list[Mapping[str, Any]] | None = None
+    _wanted: bool = False
+    _prompts: list | None = None
     _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
+    _verdicts: tuple[list, torch.Tensor] | None = None
     _loss_inputs: dict[str, Any] | None = None
     _fused: losses.FusedLoss | None = None
 
@@ -130,20 +139,29 @@ class RLSDTrainer(GRPOTrainer):
                 f"args is a {type(args).__name__}; RLSDTrainer needs an RLSDConfig, which takes the same fields and "
                 "those of RLSD."
             )
-        self._credit = get_credit(args.credit)
+        self._credit = TokenCredit(args)
         self._collator = PrivilegedPromptCollator(
-            args.teacher_prompt_template, args.privileged_column, needs_context=args.teacher_model_kind != "external"
+            args.teacher_prompt_template,
+            args.privileged_column,
+            needs_context=args.teacher_model_kind != "external" or self._credit.credit.contrast,
         )
-        self._teacher_is_used = self._credit.teacher_rows != "none"
+        self._teacher_is_used, contrast = self._credit.uses_teacher, self._credit.credit.contrast
         check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
         if self._teacher_is_used and self._collator.reads_context:
             check_column(train_dataset, args.privileged_column)
+        self._wrong_column = args.contrast_column if contrast else None
+        if self._wrong_column is not None:
+            check_column(train_dataset, args.contrast_column, "contrast_column")
 
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
+        self._span = CreditSpan(args.credit_span, self._tokenizer)
+        self._answer_span = TokenSpan(final_answer_span, self._tokenizer)
         self._credit_metrics = MetricSums(self.accelerator.device)
         if args.use_liger_loss:
             self._prepare_liger_loss()
+        if args.alarm_steps:
+            self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps))
         if not self._teacher_is_used:
             return
         self._check_setup()
@@ -155,7 +173,7 @@ class RLSDTrainer(GRPOTrainer):
             lambda prompts: self._tokenize_prompts(prompts)[0],
             self._tokenizer,
             self.max_completion_length,
-            self._positions(),
+            position_limit(self.model, self.teacher.model if args.teacher_model_kind == "external" else self.model),
         )
 
     # ------------------------------------------------------------------ checks, before anything is generated
@@ -233,22 +251,19 @@ class RLSDTrainer(GRPOTrainer):
             self._prompt_check.dataset(self.train_dataset)
         return super().train(*args, **kwargs)
 
-    def _positions(self) -> int | None:
-        models = [self.model] if self.args.teacher_model_kind != "external" else [self.model, self.teacher.model]
-        limits = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
-        return min((limit for limit in limits if limit), default=None)
-
     # ------------------------------------------------------------------ data flow
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if self._teacher_is_used and self.args.privileged_column not in self._signature_columns:
-            self._signature_columns.append(self.args.privileged_column)
+        for column in (self.args.privileged_column, self._wrong_column):
+            if column is not None and column not in self._signature_columns:
+                self._signature_columns.append(column)
 
     def _generate(self, prompts: list):
         # The last moment before samples are paid for, and the first at which the prompts are those that the student
         # will read (with environments, reset() has extended them).
-        if self._rows is None:
+        self._prompts = prompts
+        if self._rows is None or not (self._wanted or (self._teacher_is_used and not self._prompt_check.shown)):
             return super()._generate(prompts)
         self._teacher_prompts = self._prompt_check.batch(self._rows, prompts)
         generated = super()._generate(prompts)
@@ -257,71 +272,83 @@ class RLSDTrainer(GRPOTrainer):
         return generated
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not (self.model.training and self._teacher_is_used):
+        if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         # lambda may be 0 now and positive when the batch's last slice is used
-        wanted = not self._credit.uses_lambda or any(self._lambda(step) > 0 for step in self._steps_of_batch())
-        self._rows = inputs if wanted or not self._prompt_check.shown else None
+        steps = steps_of_batch(self.state.global_step, self._step, self.args)
+        self._wanted = self._teacher_is_used and not all(map(self._credit.lambda_is_zero, steps))
+        self._rows = inputs
         try:
             batch = super()._generate_and_score_completions(inputs)
-            if wanted:
+            self._count_leaks()
+            if self._wanted:
+                self._add_spans(batch)
                 self._score_with_teacher(batch, *self._teacher_prompts)
-            else:
+            elif self._teacher_is_used:
                 self._credit_metrics.add({"skipped": (len(inputs), len(inputs))})
         finally:
-            self._rows = self._teacher_prompts = None
+            self._rows = self._prompts = self._teacher_prompts = self._verdicts = None
         return batch
 
-    def _steps_of_batch(self) -> range:
-        """The optimizer steps, from now on, in which slices of the batch that is generated now can be used."""
-        accumulation = self.args.gradient_accumulation_steps
-        uses = self.args.steps_per_generation * self.num_iterations
-        aligned = uses % accumulation == 0 and self._step % accumulation == 0
-        now = self.state.global_step
-        return range(now, now + (uses - 1) // accumulation + (1 if aligned else 2))
+    def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
+        if self._rows is not None:
+            self._verdicts = completions, rewards  # of this process, and of all processes by reward function
+        return rewards
 
-    def _lambda(self, step: int) -> float:
-        return lambda_at(
-            step,
-            peak=self.args.rlsd_lambda,
-            warmup_steps=self.args.rlsd_lambda_warmup_steps,
-            decay_steps=self.args.rlsd_lambda_decay_steps,
-        )
+    def _count_leaks(self) -> None:
+        texts = ([text_of(turns) for turns in column] for column in (self._verdicts[0], self._prompts))
+        contexts = [self._collator.readable(row) for row in self._rows]
+        self._credit_metrics.add(leak_metrics(*texts, contexts, self.args.leak_phrases))
+
+    def _add_spans(self, batch: dict[str, Any]) -> None:
+        """Add `answer_span` for the diagnostics, and `credit_span` where one is set, both (B, T)."""
+        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        batch["answer_span"] = self._answer_span(ids, mask)
+        if self._span.find is not None:
+            span = batch["credit_span"] = self._span(ids, mask, self.state.global_step)
+            self._credit_metrics.add({"no_span": (len(span) - span.any(1).sum(), len(span))})
 
     def _score_with_teacher(self, batch: dict[str, Any], prompt_ids: list[list[int]], has_context: list[bool]) -> None:
-        """Add `teacher_logps` (B, T) and `teacher_scored` (B,) to the batch.
-
-        Scored are the rows with context, with a token that counts, and, if the credit is a multiple of the advantage,
-        with an advantage that is not 0. The others are never run through the model.
-        """
+        """Add `teacher_logps` (B, T), `teacher_scored` (B,); with a contrast also `wrong_logps`, `wrong_scored`."""
         started = time.perf_counter()
         ids, mask, rows = batch["completion_ids"], batch["completion_mask"], len(prompt_ids)
-        scored = torch.tensor(has_context, device=ids.device) & self._credited_mask(batch).any(dim=1)
-        if self._credit.teacher_rows == "nonzero_advantage":
-            normalized = self.args.scale_rewards != "none"
-            scored &= informative(batch["advantages"], normalized, self.args.rlsd_negative_only)
-        chosen = scored.nonzero().squeeze(1).tolist()
+        scored = self._credit.needs_teacher(batch, torch.tensor(has_context, device=ids.device))
+        contrast, found = self._credit.credit.contrast, None
+        if contrast:
+            wrong_ids, has_wrong = self._prompt_check.wrong(self._prompts, self._wrong_references())
+            found = scored & torch.tensor(has_wrong, device=ids.device)
+            self._credit_metrics.add({"no_contrast": ((scored & ~found).sum(), scored.sum())})
+            scored = found if self.args.contrast_fallback == "grpo" else scored
+            prompt_ids, ids, mask = prompt_ids + wrong_ids, ids.repeat(2, 1), mask.repeat(2, 1)  # one pass for both
+        chosen = (torch.cat([scored, found]) if contrast else scored).nonzero().squeeze(1).tolist()
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         if chosen or self._sharded():
             with self.teacher.weights(self.model) as model, scoring(model):
                 logps = self._teacher_pass(model, prompt_ids, ids, mask, chosen)
-        batch["teacher_logps"], batch["teacher_scored"] = logps, scored
-        without = rows - sum(has_context)
+        batch["teacher_logps"], batch["teacher_scored"] = logps[:rows], scored
+        if contrast:
+            batch["wrong_logps"], batch["wrong_scored"] = logps[rows:], found
         if ids.device.type != "cpu":  # kernels are queued: without this the clock would time their launch
             torch.accelerator.synchronize()
-        seconds = time.perf_counter() - started
-        self._credit_metrics.add(
-            {"no_context": (without, rows), "skipped": (rows - len(chosen), rows), "teacher_seconds": (seconds, 1)}
-        )
+        counts = {"no_context": (rows - sum(has_context), rows), "skipped": (rows - scored.sum(), rows)}
+        self._credit_metrics.add(counts | {"teacher_seconds": (time.perf_counter() - started, 1)})
 
-    def _credited_mask(self, batch: dict[str, Any]) -> torch.Tensor:
-        return batch["completion_mask"] * batch.get("tool_mask", 1)
+    def _wrong_references(self) -> list[str | None]:
+        """Of this process's rows; siblings may lie on other processes."""
+        if self._wrong_column is not None:
+            rows = enumerate(self._rows)
+            return [self._collator.text(row, self._wrong_column, "contrast_column", index) for index, row in rows]
+        completions, rewards = self._verdicts
+        wrong = is_wrong(rewards, self.reward_weights, self.args.contrast_reward_below)
+        spoken = references_of(list(map(text_of, completions)), self.args.contrast_reference)
+        own = self._collator.contexts(self._rows), self.accelerator.process_index * len(self._rows)
+        return wrong_references(gather_object(spoken), wrong, self.num_generations, *own)
 
     def _compute_loss(self, model, inputs):
         if not self.model.training:
             return super()._compute_loss(model, inputs)
-        if self._credit.uses_lambda:
-            self._credit_metrics.add({"lambda": (self._lambda(self.state.global_step), 1)})
+        self._credit_metrics.add(self._credit.lambdas(self.state.global_step))
         # a copy: the buffered batch is used again when num_iterations > 1, and credit must not be put upon credit
         self._loss_inputs = dict(inputs)
         try:
@@ -341,51 +368,23 @@ class RLSDTrainer(GRPOTrainer):
             model = losses.fused_forward(model, self._fused)
         outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         student_logps = outputs[0].detach()
-        losses.check_finite(student_logps, self._credited_mask(inputs), self.state.global_step)
-        if not self._is_plain(inputs):
-            self._add_credit_metrics(inputs, student_logps)
-            inputs["advantages"] = self._token_credit(inputs, student_logps)
+        losses.check_finite(student_logps, counted(inputs), self.state.global_step)
+        if not self._credit.is_plain(inputs, self.state.global_step):
+            credited = self._token_credit(inputs, student_logps)
+            self._credit_metrics.add(self._credit.metrics(inputs, student_logps, credited))
+            inputs["advantages"] = credited
         return outputs
 
-    def _is_plain(self, inputs: dict[str, Any]) -> bool:
-        """Whether the batch stays as GRPO made it, (B,) advantages included: lambda 0 is the same run, bit for bit."""
-        if self._credit.name == "grpo" or (self._credit.uses_lambda and self._lambda(self.state.global_step) == 0):
-            return True
-        return self._teacher_is_used and "teacher_logps" not in inputs
-
-    def _token_credit(
-        self, inputs: dict[str, Any], student_logps: torch.Tensor, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Token advantages (B, T) of a micro-batch, or of those of its `rows` whose log-probs are given."""
-        of = (lambda tensor: tensor) if rows is None else (lambda tensor: None if tensor is None else tensor[rows])
-        teacher_logps = inputs.get("teacher_logps")
-        return token_advantages(
-            self._credit,
-            of(inputs["advantages"]),
-            student_logps,
-            student_logps if teacher_logps is None else of(teacher_logps),
-            of(self._credited_mask(inputs)),
-            of(inputs.get("teacher_scored")),
-            lam=self._lambda(self.state.global_step),
-            clip_range=self.args.rlsd_reweight_clip_range,
-            negative_only=self.args.rlsd_negative_only,
-        )
-
-    def _add_credit_metrics(self, inputs: dict[str, Any], student_logps: torch.Tensor) -> None:
-        if "teacher_scored" not in inputs:
-            return
-        advantages, counted = inputs["advantages"], self._credited_mask(inputs) * inputs["teacher_scored"].unsqueeze(1)
-        gains = gain(student_logps, inputs["teacher_logps"], counted)
-        weights = clipped_weight(gains, advantages, self.args.rlsd_reweight_clip_range)
-        self._credit_metrics.add(credit_metrics(advantages, gains, *weights, counted))
+    def _token_credit(self, inputs, student_logps, rows=None) -> torch.Tensor:
+        return self._credit(inputs, student_logps, self.state.global_step, rows)
 
     def _fused_loss(self, inputs: dict[str, Any]) -> losses.FusedLoss:
-        mask, steps = self._credited_mask(inputs), self.current_gradient_accumulation_steps
+        mask, steps = counted(inputs), self.current_gradient_accumulation_steps
         uncredited = {**inputs}
 
         def credit(logps, rows):
             losses.check_finite(logps, mask[rows], self.state.global_step, rows)
-            if self._is_plain(uncredited):
+            if self._credit.is_plain(uncredited, self.state.global_step):
                 return uncredited["advantages"][rows]
             return self._token_credit(uncredited, logps, rows)
 
@@ -408,7 +407,7 @@ class RLSDTrainer(GRPOTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and self._teacher_is_used:
+        if self.model.training:
             means = self._credit_metrics.means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
             logs.update({f"rlsd/{name}": value for name, value in means.items()})
         super().log(logs, start_time)
