@@ -206,6 +206,7 @@ def _config(folder: Path, steps: int, seed: int, credit: str) -> RLSDConfig:
     return RLSDConfig(
         str(folder / "checkpoints"),
         credit=credit,
+        contrast_reference="trl_rlsd.rewards.reasoning_gym.last_number",  # read by credits with a contrast alone
         max_steps=steps,
         seed=seed,
         learning_rate=5e-4,

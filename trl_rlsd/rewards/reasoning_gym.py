@@ -55,9 +55,14 @@ def extract_answer(text: str, reference: str) -> str | None:
     if tagged is not None:
         return tagged
     if _NUMBER.fullmatch(reference):
-        numbers = _NUMBER.findall(text)
-        return numbers[-1] if numbers else None
+        return last_number(text)
     return text.strip() or None
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, None where there is none: the `contrast_reference` of tasks with numbers."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
 
 
 @cache
