@@ -17,7 +17,8 @@ LEVELS = [
     {"teacher_pass", "prompt_check", "token_credit"},
     {"config", "teacher", "external", "collator", "losses", "checks", "rollouts"},
     {"contrast", "spans", "alarms", "leakage"},
-    {"credit", "metrics", "rewards", "data", "dotted"},
+    {"credit", "metrics", "rewards", "data"},
+    {"dotted"},
 ]
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 
-# name -> threshold; see `crossed`
+# name -> threshold, of the values that `Alarms` reads off a log
 THRESHOLDS = {
     "clip_saturation": 0.5,
     "length_collapse": 0.5,

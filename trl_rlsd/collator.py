@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from trl_rlsd.rewards.answer import squeeze
+
 
 Prompt = str | list[dict[str, Any]]
 
@@ -155,7 +157,7 @@ class PrivilegedPromptCollator:
         Raises:
             ValueError: naming the column and what to mend.
         """
-        needle, student, teacher = (_squeeze(text) for text in (context, student_text, teacher_text))
+        needle, student, teacher = (squeeze(text) for text in (context, student_text, teacher_text))
         if len(needle) >= _DISTINCTIVE_CHARACTERS and needle in student:
             raise ValueError(
                 f"The text of {self.column!r} ({context!r:.80}) is in the student's prompt already, which reads "
@@ -271,7 +273,3 @@ def _text_of(content: Any, column: str, index: int) -> str:
         f"Column {column!r} (privileged_column) of row {index} holds a message whose content is neither a string nor "
         f"a list of text parts: {content!r:.80}."
     )
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split()).casefold()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trl_rlsd.dotted import load
-from trl_rlsd.rewards.answer import final_answer
+from trl_rlsd.rewards.answer import final_answer, squeeze
 
 
 def get_reference(name: str) -> Callable[[str], str | None]:
@@ -76,15 +76,11 @@ def wrong_references(
             f"{len(references)} references, {len(wrong)} verdicts and {len(right)} rows from {first} on do not make "
             f"groups of {group_size}."
         )
-    spoken = [None if text is None else _squeeze(text) for text in references]
+    spoken = [None if text is None else squeeze(text) for text in references]
     chosen: list[str | None] = []
     for row, truth in enumerate(right, start=first):
-        excluded = {spoken[row], None, "", None if truth is None else _squeeze(truth)}
+        excluded = {spoken[row], None, "", None if truth is None else squeeze(truth)}
         start = row - row % group_size
         siblings = range(start, start + group_size)
         chosen.append(next((references[i] for i in siblings if wrong[i] and spoken[i] not in excluded), None))
     return chosen
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split()).casefold()

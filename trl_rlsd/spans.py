@@ -85,6 +85,11 @@ def token_characters(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tupl
         return texts[-1], list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def lengths(mask: torch.Tensor) -> list[int]:
+    """How far each completion reaches: the number of tokens up to the last one whose mask, (B, T), is 1."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()
+
+
 class TokenSpan:
     """A span of characters in a tokenizer's tokens.
 
@@ -109,8 +114,7 @@ class TokenSpan:
     def tokens(self, ids: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, int, int]:
         """The same, with the number of rows that have tokens and of those in which the span, even if empty, is."""
         span, rows, found_rows = torch.zeros(ids.shape, dtype=torch.bool), 0, 0
-        lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()
-        for row, (own, length) in enumerate(zip(ids.tolist(), lengths, strict=True)):
+        for row, (own, length) in enumerate(zip(ids.tolist(), lengths(mask), strict=True)):
             if length == 0:
                 continue
             text, characters = token_characters(own[:length], self.tokenizer)

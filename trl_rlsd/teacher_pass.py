@@ -19,6 +19,7 @@ from accelerate.logging import get_logger
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from trl_rlsd import spans
 from trl_rlsd.collator import left_padded, teacher_inputs
 
 
@@ -179,7 +180,7 @@ class TeacherPass:
 
         Shapes: `prompt_ids` B lists; completion `ids`, `mask` (B, T), padded on the right; `rows` their numbers.
         """
-        lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()
+        lengths = spans.lengths(mask)
         batches = self.plan(prompt_ids, lengths, rows, ids.device)
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         for batch in batches:

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command_parser
@@ -18,6 +17,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_rlsd.config import RLSDConfig
+from trl_rlsd.dotted import find
 from trl_rlsd.rewards import REWARDS, get_reward
 
 
@@ -75,9 +75,8 @@ def load_splits(name: str | None, config: str | None = None, streaming: bool = F
             raise ValueError(f"dataset_name={name!r}: there is no such file (looked from {os.getcwd()}).")
         return load_dataset(_FORMATS[suffix], data_files=name, streaming=streaming)
     if _DOTTED.fullmatch(name):
-        module, _, function = name.rpartition(".")
         try:
-            splits = getattr(import_module(module), function)()
+            splits = find(name)()
         except (ImportError, AttributeError) as error:
             raise ValueError(f"dataset_name={name!r} was read as the dotted path of a function: {error}.") from error
         if isinstance(splits, Dataset | IterableDataset):

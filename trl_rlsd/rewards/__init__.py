@@ -7,7 +7,8 @@ could not judge, which is not the same as a wrong answer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+
+from trl_rlsd.dotted import find
 
 
 # TRL's own are used as they are; nothing of theirs is written again.
@@ -26,9 +27,8 @@ def get_reward(name: str) -> Callable[..., list[float | None]]:
         ValueError: there is no such function; the message lists the names.
     """
     path = REWARDS.get(name, name)
-    module, _, function = path.rpartition(".")
     try:
-        reward = getattr(import_module(module), function) if module else None
+        reward = find(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"The reward {name!r} cannot be loaded: {error}. Install what it needs, or mend the path."

@@ -28,6 +28,11 @@ def final_answer(text: str) -> str | None:
     return None
 
 
+def squeeze(text: str) -> str:
+    """A text for comparison: chat templates trim, tokenizers fold, models space their answers as they like."""
+    return "".join(text.split()).casefold()
+
+
 def boxed(text: str) -> list[str]:
     """The contents of every closed `\\boxed{...}`, with balanced braces."""
     found, start = [], text.find("\\boxed{")
