@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trl_rlsd"
 # upper levels import lower ones; rooms on one level do not import each other
 LEVELS = [
     {"cli"},
+    {"lab"},
     {"quickstart", "train"},
     {"trainer"},
     {"teacher_pass", "prompt_check", "token_credit"},

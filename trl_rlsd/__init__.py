@@ -2,7 +2,8 @@
 
 The rooms, upper ones import lower ones only:
 
-    cli           `trl-rlsd train | quickstart`
+    cli           `trl-rlsd train | quickstart | compare`
+    lab           the same problems learned with several methods and seeds, with intervals
     train         the training script: a config file and flags in, a trained model out
     quickstart    a small, real run from nothing to a trained adapter
     trainer       RLSDTrainer: wires the rooms below into TRL's GRPOTrainer

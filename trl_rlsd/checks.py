@@ -5,10 +5,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.logging import get_logger
 from torch import nn
 
 
+logger = get_logger(__name__)
+
 _TEXT_OR_MESSAGES = ("string", "large_string", "string_view", "null", "list", "dict")
+
+
+def warn(*warnings: str | None) -> None:
+    """Log those that there are, on the main process."""
+    for warning in filter(None, warnings):
+        logger.warning(warning)
 
 
 def check_teacher_model(kind: str, teacher_model: Any, used: bool) -> None:

@@ -1,8 +1,9 @@
-"""`trl-rlsd train` and `trl-rlsd quickstart`; `python -m trl_rlsd` is the same."""
+"""`trl-rlsd train | quickstart | compare`; `python -m trl_rlsd` is the same."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,6 +18,16 @@ Train with RLSD. Every field of RLSDConfig and of TRL's ModelConfig is a flag, a
 """
 
 
+_COMPARE_HELP = """\
+Train the same start on the same problems with several methods and seeds; one table, one picture, with intervals.
+
+  trl-rlsd compare                                                the built-in task, on a CPU, in about 15 minutes
+  trl-rlsd compare --config grpo.yaml --config rlsd.yaml --seeds 5          config files of `trl-rlsd train`
+
+An interrupted comparison goes on where it was when the command is given again.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -26,10 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("train", help="train a model from a config file and flags", add_help=False)
     quickstart = commands.add_parser("quickstart", help="a small real run on the CPU, from nothing to an adapter")
     _add_quickstart_arguments(quickstart)
+    compare = commands.add_parser(
+        "compare",
+        help="methods and seeds side by side, on a built-in task or on your configs",
+        description=_COMPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_compare_arguments(compare)
     if argv[:1] == ["train"]:
         return _train(argv[1:])
-    options = vars(parser.parse_args(argv))
-    options.pop("command")
+    options, rest = parser.parse_known_args(argv)
+    options = vars(options)
+    command = options.pop("command")
+    if rest and not (command == "compare" and options["config"]):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if command == "compare":
+        return _compare(compare, options, rest)
     from trl_rlsd.quickstart import run
 
     run(**options)
@@ -42,6 +66,64 @@ def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps [%(default)s]")
     parser.add_argument("--seed", type=int, default=1, help="of sampling, order and the adapter [%(default)s]")
     parser.add_argument("--credit", default="rlsd", help="credit function, e.g. grpo to compare [%(default)s]")
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    # no defaults here: what is not given is left to the functions, and what belongs to the other kind is told
+    both = parser.add_argument_group("both")
+    both.add_argument("--output-dir", default="compare-output", help="[%(default)s]")
+    both.add_argument("--seeds", type=int, help="how many, from 1 on [3]")
+    both.add_argument("--steps", type=int, help="optimizer steps of a run [80; a config's own]")
+    both.add_argument("--every", type=int, help="steps between two measurements [5; 20]")
+    both.add_argument("--held-out", type=int, help="problems that are measured on [256]")
+    both.add_argument("--target", type=float, help="sampled accuracy that steps are counted to [0.5]")
+    both.add_argument("--baseline", help="what ratios and differences are taken to [grpo; the first config]")
+    own = parser.add_argument_group("your configs")
+    own.add_argument(
+        "--config",
+        action="append",
+        help="a config file; once for each method. What is not known here goes to `accelerate launch`",
+    )
+    task = parser.add_argument_group("the built-in task")
+    task.add_argument(
+        "--methods",
+        type=lambda text: tuple(text.split(",")),
+        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_shuffled, "
+        "or any credit function",
+    )
+    task.add_argument("--chain-length", type=int, help="steps of a problem [4]")
+    task.add_argument("--filler-share", type=float, help="share of filler letters [0.15]")
+    task.add_argument("--side-computations", type=int, help="after each step, without effect on the answer [0]")
+    task.add_argument("--base-accuracy", type=float, help="about what the start reaches, sampled [0.33]")
+    task.add_argument("--problems", type=int, help="problems a step [8]")
+    task.add_argument("--generations", type=int, help="completions of a problem [8]")
+    task.add_argument("--learning-rate", type=float, help="of the methods that have none of their own [3e-4]")
+    task.add_argument("--split", choices=["validation", "test"], help="what is measured on [validation]")
+    task.add_argument("--imports", nargs="+", help="modules that register credit functions of yours")
+    task.add_argument("--jobs", type=int, help="runs at a time [one for each core, 4 at most]")
+
+
+_TASK = ("chain_length", "filler_share", "side_computations", "base_accuracy")
+_BUILTIN = (*_TASK, "methods", "problems", "generations", "learning_rate", "split", "imports", "jobs")
+
+
+def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) -> int:
+    options = {name: value for name, value in options.items() if value is not None}
+    configs = options.pop("config", None)
+    if configs is not None:
+        if given := [name for name in _BUILTIN if name in options]:
+            parser.error(f"--{given[0].replace('_', '-')} belongs to the built-in task; leave it, or leave --config.")
+        from trl_rlsd.lab.configs import compare_configs
+
+        print(compare_configs(options.pop("output_dir"), configs, **options, launch=rest))
+        return 0
+    sys.path.insert(0, os.getcwd())  # where the user's modules are
+    from trl_rlsd.lab.compare import compare_builtin
+    from trl_rlsd.lab.task import ChainTask
+
+    task = ChainTask(**{name: options.pop(name) for name in _TASK if name in options})
+    print(compare_builtin(options.pop("output_dir"), task=task, **options))
+    return 0
 
 
 def _train(argv: list[str]) -> int:

@@ -48,6 +48,12 @@ def is_wrong(rewards: torch.Tensor, reward_weights: torch.Tensor, below: float) 
     return ((totals < below) & ~rewards.isnan().all(dim=1)).tolist()
 
 
+def right_metric(rewards: torch.Tensor, wrong: Sequence[bool]) -> dict[str, tuple[float, int]]:
+    """`right`: the share of the completions that a reward could judge, and which are not wrong (`is_wrong`)."""
+    judged = int((~rewards.isnan().all(dim=1)).sum())
+    return {"right": (judged - sum(wrong), judged)}
+
+
 def wrong_references(
     references: Sequence[str | None],
     wrong: Sequence[bool],

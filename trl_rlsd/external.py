@@ -6,14 +6,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, is_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id
 
 
-def load_external(
-    teacher_model: str | PreTrainedModel, student: nn.Module, tokenizer: PreTrainedTokenizerBase, **init_kwargs
+def external_teacher(
+    teacher_model: str | PreTrainedModel,
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    args: GRPOConfig,
+    **init_kwargs,
 ) -> PreTrainedModel:
-    """The model of an `external` teacher, once it is known that its token ids mean the student's tokens.
+    """The model of an `external` teacher, ready to score, once it is known that its token ids mean the student's
+    tokens. `init_kwargs` go to `from_pretrained` where a path is given.
 
     Raises:
         ValueError: it is the student itself, or has another vocabulary.
@@ -34,7 +41,7 @@ def load_external(
         teacher_model = create_model_from_path(teacher_model, **init_kwargs)
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher_model)]
     check_vocabularies(tokenizer, teacher_tokenizer, *sizes)
-    return teacher_model
+    return _prepared(teacher_model, accelerator, args.temperature, args.cast_lm_head_to_fp32)
 
 
 def check_vocabularies(
@@ -62,7 +69,7 @@ def check_vocabularies(
         )
 
 
-def prepare_external(
+def _prepared(
     teacher_model: PreTrainedModel, accelerator: Accelerator, temperature: float, float32_head: bool
 ) -> PreTrainedModel:
     """Give the teacher TRL's fused LM head, at the student's temperature, and place it as Accelerate places models."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -257,6 +257,20 @@ class FusedLoss:
         self.loss: torch.Tensor | None = None
         self.logps: torch.Tensor | None = None
         self.entropy: torch.Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: GRPOConfig, batch: Mapping[str, torch.Tensor], *loss_args, ratio=None) -> FusedLoss:
+        """Of a trainer's micro-batch; `loss_args` are `mask`, `factors` and `credit`, `ratio` the `sampling_ratio`."""
+        mask, factors, credit = loss_args
+        logps = (batch.get(f"{policy}_per_token_logps") for policy in ("old", "ref"))
+        return cls(
+            batch["completion_ids"],
+            SurrogateBatch(mask, factors, *logps, ratio),
+            Surrogate.from_config(config),
+            credit,
+            config.temperature,
+            config.cast_lm_head_to_fp32,
+        )
 
     def ppo_loss_fn(self, *, per_token_logps, advantages, **liger_kwargs):
         """Called by Liger's base for every chunk. The slot for advantages holds the rows' numbers: all else that

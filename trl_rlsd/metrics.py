@@ -44,6 +44,7 @@ ROW_METRICS = (
     "teacher_seconds",
     "leak_overlap",
     "leak_cites",
+    "right",
 )
 METRICS = (*ROW_METRICS, *TOKEN_METRICS, *PLACE_METRICS)
 

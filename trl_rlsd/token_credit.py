@@ -3,7 +3,7 @@
     batch (advantages, teacher_logps, ...) + log-probs of the student's own forward -> token advantages (B, T)
 
 A batch is what TRL's trainer buffers, with `teacher_logps` (B, T) and `teacher_scored` (B,); with a contrast also
-`wrong_logps` (B, T) and `wrong_scored` (B,); with a span `credit_span` (B, T).
+`wrong_logps` (B, T) and `wrong_scored` (B,); with a span `credit_span` (B, T); and the labels that a credit reads.
 """
 
 from __future__ import annotations
@@ -86,8 +86,13 @@ class TokenCredit:
 
         Raises: ValueError, see [`token_advantages`], with the step.
         """
+        if missing := [name for name in self.credit.reads if name not in batch]:
+            raise ValueError(
+                f"The credit function {self.credit.name!r} reads the token labels {', '.join(map(repr, missing))}, "
+                "which the trainer does not give: return them from a subclass's `token_labels`."
+            )
         if rows is not None:
-            batch = {name: value[rows] for name, value in batch.items() if name in _ROWWISE}
+            batch = {name: value[rows] for name, value in batch.items() if name in {*_ROWWISE, *self.credit.reads}}
         advantages, mask = batch["advantages"], counted(batch)
         acts = batch.get("teacher_scored")
         contrast = {}
@@ -110,6 +115,7 @@ class TokenCredit:
                 clip_range=self.clip_range(advantages),
                 negative_only=self.args.rlsd_negative_only,
                 **contrast,
+                **{name: batch[name] for name in self.credit.reads},
             )
         except ValueError as error:
             where = "" if rows is None else f", of rows {rows.tolist()} of the micro-batch"

@@ -10,9 +10,11 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from transformers import TrainerCallback
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -20,6 +22,9 @@ from trl_rlsd.config import RLSDConfig
 from trl_rlsd.dotted import find
 from trl_rlsd.rewards import REWARDS, get_reward
 
+
+if TYPE_CHECKING:
+    from trl_rlsd.trainer import RLSDTrainer
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -98,35 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())  # dotted paths may name modules beside the config
     script, args, model, rest = make_parser().parse_args_and_config(argv, return_remaining_strings=True)
     launcher_arguments(rest)  # the launcher has taken these by now; anything else is a mistake
-    if not model.model_name_or_path:
-        raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
-    if not script.reward_funcs:
-        raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
-    rewards = [get_reward(name) for name in script.reward_funcs]
-    splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
-    train_dataset = _split(splits, script.dataset_train_split, "dataset_train_split")
-    eval_dataset = None
-    if args.eval_strategy != "no":
-        eval_dataset = _split(splits, script.dataset_test_split, "dataset_test_split")
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-
-    from trl_rlsd.trainer import RLSDTrainer
-
-    trainer = RLSDTrainer(
-        model=model.model_name_or_path,
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-        teacher_model=script.teacher_model_name_or_path,
-    )
+    trainer = build_trainer(script, args, model, evaluates=args.eval_strategy != "no")
     resume = args.resume_from_checkpoint
     # `--resume_from_checkpoint true` takes the newest checkpoint of output_dir
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
@@ -136,6 +113,54 @@ def main(argv: list[str] | None = None) -> None:
         trainer.push_to_hub(dataset_name=script.dataset_name)
         trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
     trainer.end()
+
+
+def build_trainer(
+    script: RLSDScriptArguments,
+    args: RLSDConfig,
+    model: ModelConfig,
+    *,
+    evaluates: bool,
+    evaluation_rows: int | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> RLSDTrainer:
+    """The trainer that a config file describes.
+
+    Args:
+        evaluates: whether it needs the test split; `evaluation_rows` takes that many of its first rows.
+
+    Raises: ValueError, naming the field.
+    """
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
+    if not script.reward_funcs:
+        raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
+    rewards = [get_reward(name) for name in script.reward_funcs]
+    splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    train_dataset = _split(splits, script.dataset_train_split, "dataset_train_split")
+    eval_dataset = _split(splits, script.dataset_test_split, "dataset_test_split") if evaluates else None
+    if evaluation_rows is not None:
+        eval_dataset = eval_dataset.take(evaluation_rows)
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+    from trl_rlsd.trainer import RLSDTrainer
+
+    return RLSDTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        teacher_model=script.teacher_model_name_or_path,
+        callbacks=callbacks,
+    )
 
 
 if __name__ == "__main__":

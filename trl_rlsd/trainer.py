@@ -15,6 +15,7 @@ body is repeated here; these are extended, each through `super()`:
                                          log-probs without gradient, for its metrics
     log                                  the rlsd/* metrics
     _save/_load_optimizer_and_scheduler  teacher and unused completions travel with the optimizer's state
+    token_labels, observe_credit         for subclasses: more that a credit function can read, and what it made of it
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ from trl_rlsd.checks import (
     position_limit,
     position_warning,
     sampler_warning,
+    warn,
 )
 from trl_rlsd.collator import PrivilegedPromptCollator, text_of
 from trl_rlsd.config import RLSDConfig
-from trl_rlsd.contrast import is_wrong, references_of, wrong_references
-from trl_rlsd.external import load_external, prepare_external
+from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
+from trl_rlsd.external import external_teacher
 from trl_rlsd.leakage import leak_metrics
 from trl_rlsd.metrics import MetricSums
 from trl_rlsd.prompt_check import PromptCheck
@@ -157,7 +159,7 @@ class RLSDTrainer(GRPOTrainer):
 
         self._span = CreditSpan(args.credit_span, self._tokenizer)
         self._answer_span = TokenSpan(final_answer_span, self._tokenizer)
-        self._credit_metrics = MetricSums(self.accelerator.device)
+        self._credit_metrics, self._eval_metrics = (MetricSums(self.accelerator.device) for _ in range(2))
         if args.use_liger_loss:
             self._prepare_liger_loss()
         if args.alarm_steps:
@@ -183,9 +185,7 @@ class RLSDTrainer(GRPOTrainer):
         has_template = bool(self.chat_template or self._tokenizer.chat_template)
         check_processing(self.processing_class, self._is_vlm, has_template, is_conversational(row))
         model_type = self.model.config.get_text_config().model_type
-        for warning in (dropout_warning(self.model), sampler_warning(self.args), position_warning(model_type)):
-            if warning:
-                logger.warning(warning)
+        warn(dropout_warning(self.model), sampler_warning(self.args), position_warning(model_type))
 
     def _sharded(self) -> bool:
         zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -194,16 +194,15 @@ class RLSDTrainer(GRPOTrainer):
     def _build_teacher(self, teacher_model: str | PreTrainedModel | None) -> Teacher:
         student, args = self.accelerator.unwrap_model(self.model), self.args
         if teacher_model is not None:
-            teacher_model = load_external(
+            teacher_model = external_teacher(
                 teacher_model,
                 student,
                 self._tokenizer,
+                self.accelerator,
+                args,
                 dtype=student.dtype,
                 attn_implementation=student.config._attn_implementation,
                 trust_remote_code=args.trust_remote_code,
-            )
-            teacher_model = prepare_external(
-                teacher_model, self.accelerator, self.temperature, args.cast_lm_head_to_fp32
             )
         teacher = build_teacher(
             args.teacher_model_kind,
@@ -214,9 +213,7 @@ class RLSDTrainer(GRPOTrainer):
             offload=args.teacher_offload,
             external=teacher_model,
         )
-        warning = check_copies(args.teacher_model_kind, teacher.copies, self._sharded(), args.teacher_offload)
-        if warning:
-            logger.warning(warning)
+        warn(check_copies(args.teacher_model_kind, teacher.copies, self._sharded(), args.teacher_offload))
         return teacher
 
     def _prepare_liger_loss(self) -> None:
@@ -280,7 +277,7 @@ class RLSDTrainer(GRPOTrainer):
         self._rows = inputs
         try:
             batch = super()._generate_and_score_completions(inputs)
-            self._count_leaks()
+            batch |= self.token_labels(batch, inputs)
             if self._wanted:
                 self._add_spans(batch)
                 self._score_with_teacher(batch, *self._teacher_prompts)
@@ -292,14 +289,20 @@ class RLSDTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
         rewards = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
-        if self._rows is not None:
-            self._verdicts = completions, rewards  # of this process, and of all processes by reward function
+        self._verdicts = completions, rewards  # of this process, and of all processes by reward function
+        metrics = self._credit_metrics if self.model.training else self._eval_metrics
+        metrics.add(right_metric(rewards, self._wrong(rewards)))
+        texts = ([text_of(turns) for turns in column] for column in (completions, prompts))
+        metrics.add(leak_metrics(*texts, map(self._collator.readable, inputs), self.args.leak_phrases))
         return rewards
 
-    def _count_leaks(self) -> None:
-        texts = ([text_of(turns) for turns in column] for column in (self._verdicts[0], self._prompts))
-        contexts = [self._collator.readable(row) for row in self._rows]
-        self._credit_metrics.add(leak_metrics(*texts, contexts, self.args.leak_phrases))
+    def token_labels(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Tensors (B, T) for a credit function that is registered with `reads`, such as a step verifier's; none unless
+        overridden. `batch` (`completion_ids`, `completion_mask`, ...) and its dataset rows are of this process."""
+        return {}
+
+    def observe_credit(self, batch: dict[str, Any], student_logps: torch.Tensor, credited: torch.Tensor) -> None:
+        """Called with each micro-batch of training and its credit: (B, T), or (B,) where that is plain GRPO."""
 
     def _add_spans(self, batch: dict[str, Any]) -> None:
         """Add `answer_span` for the diagnostics, and `credit_span` where one is set, both (B, T)."""
@@ -340,10 +343,12 @@ class RLSDTrainer(GRPOTrainer):
             rows = enumerate(self._rows)
             return [self._collator.text(row, self._wrong_column, "contrast_column", index) for index, row in rows]
         completions, rewards = self._verdicts
-        wrong = is_wrong(rewards, self.reward_weights, self.args.contrast_reward_below)
         spoken = references_of(list(map(text_of, completions)), self.args.contrast_reference)
         own = self._collator.contexts(self._rows), self.accelerator.process_index * len(self._rows)
-        return wrong_references(gather_object(spoken), wrong, self.num_generations, *own)
+        return wrong_references(gather_object(spoken), self._wrong(rewards), self.num_generations, *own)
+
+    def _wrong(self, rewards: torch.Tensor) -> list[bool]:
+        return is_wrong(rewards, self.reward_weights, self.args.contrast_reward_below)
 
     def _compute_loss(self, model, inputs):
         if not self.model.training:
@@ -369,10 +374,12 @@ class RLSDTrainer(GRPOTrainer):
         outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         student_logps = outputs[0].detach()
         losses.check_finite(student_logps, counted(inputs), self.state.global_step)
+        credited = inputs["advantages"]
         if not self._credit.is_plain(inputs, self.state.global_step):
             credited = self._token_credit(inputs, student_logps)
             self._credit_metrics.add(self._credit.metrics(inputs, student_logps, credited))
-            inputs["advantages"] = credited
+        self.observe_credit(inputs, student_logps, credited)
+        inputs["advantages"] = credited
         return outputs
 
     def _token_credit(self, inputs, student_logps, rows=None) -> torch.Tensor:
@@ -398,18 +405,12 @@ class RLSDTrainer(GRPOTrainer):
             num_items=inputs["num_items_in_batch"].clamp(min=1.0) / window,
         )
         ratio = inputs.get("importance_sampling_ratio") if self.use_vllm else None
-        batch = losses.SurrogateBatch(
-            mask, factors, inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps"), ratio
-        )
-        surrogate, float32_head = losses.Surrogate.from_config(self.args), self.args.cast_lm_head_to_fp32
-        return losses.FusedLoss(
-            inputs["completion_ids"], batch, surrogate, credit, self.temperature, float32_head=float32_head
-        )
+        return losses.FusedLoss.from_config(self.args, inputs, mask, factors, credit, ratio=ratio)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            means = self._credit_metrics.means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
-            logs.update({f"rlsd/{name}": value for name, value in means.items()})
+        prefix, metrics = ("", self._credit_metrics) if self.model.training else ("eval_", self._eval_metrics)
+        means = metrics.means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
+        logs.update({f"{prefix}rlsd/{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ checkpoints

@@ -26,6 +26,8 @@ class Credit:
         contrast: whether it reads `wrong_logps`, a second teacher pass with a wrong reference.
         evidence: what the clipped weight is taken of, for the metrics: `"gain"`, `"reversed"` (minus the gain),
             `"contrast"`; None: there is no such weight.
+        reads: per-token tensors (B, T) beyond log-probs that it takes as keywords, by name: what the trainer's
+            `token_labels` returns.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Credit:
     uses_lambda: bool
     contrast: bool = False
     evidence: str | None = None
+    reads: tuple[str, ...] = ()
 
 
 _TEACHER_ROWS = ("nonzero_advantage", "positive_advantage", "all", "none")
@@ -49,6 +52,7 @@ def register_credit(
     uses_lambda: bool = False,
     contrast: bool = False,
     evidence: str | None = None,
+    reads: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register a credit function under a name, so that `RLSDConfig(credit=name)` finds it.
 
@@ -76,7 +80,7 @@ def register_credit(
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if name in _REGISTRY:
             raise ValueError(f"A credit function named {name!r} is registered already; choose another name.")
-        _REGISTRY[name] = Credit(name, function, teacher_rows, keeps_sign, uses_lambda, contrast, evidence)
+        _REGISTRY[name] = Credit(name, function, teacher_rows, keeps_sign, uses_lambda, contrast, evidence, reads)
         return function
 
     return register
