@@ -33,7 +33,7 @@ from trl_rlsd.lab.trainer import LabTrainer, Localisation
 
 
 TASKS = [ChainTask(), ChainTask(chain_length=3, filler_share=0.0, side_computations=2), ChainTask(chain_length=1)]
-PROMPT, RIGHT = "9-6*9+8+1=", "A9-6=3uB3*9=7C7+8=5lk5*2>0D5+1=6#6"
+PROMPT, RIGHT = "9A-6B*9C+8D+1=", "A9-6=3uB3*9=7C7+8=5lk5*2>0D5+1=6#6"
 
 
 def perfect(task, prompt, rng):
@@ -57,7 +57,8 @@ def test_a_completion_without_a_mistake_has_no_wrong_token_and_the_reward(task):
         text = perfect(task, row["prompt"], rng)
         decisive, wrong = walk(row["prompt"], text)
         assert wrong is None
-        assert "".join(text[i] for i in decisive) == row["privileged_context"] + row["answer"]
+        results = row["privileged_context"][1::2]
+        assert "".join(text[i] for i in decisive) == results + row["answer"]
         assert chain_reward([text], [row["answer"]]) == [1.0]
         assert results_of(text) == row["privileged_context"]
 

@@ -466,7 +466,7 @@ def test_several_and_async_rewards_evaluation_and_streams(tmp_path):
     logs = built.state.log_history
     assert sum("eval_reward" in log for log in logs) == 3
     # what the verifier and the texts say; no teacher runs in evaluation
-    expected = {"eval_rlsd/right", "eval_rlsd/leak_cites"}
+    expected = {"eval_rlsd/right", "eval_rlsd/leak_cites", "eval_rlsd/length_trend"}
     assert all({key for key in log if key.startswith("eval_rlsd")} == expected for log in logs if "eval_reward" in log)
     assert all(log["rlsd/skipped"] < 1 for log in logs if "rlsd/skipped" in log)
 

@@ -110,19 +110,27 @@ _BUILTIN = (*_TASK, "methods", "problems", "generations", "learning_rate", "spli
 def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) -> int:
     options = {name: value for name, value in options.items() if value is not None}
     configs = options.pop("config", None)
-    if configs is not None:
-        if given := [name for name in _BUILTIN if name in options]:
-            parser.error(f"--{given[0].replace('_', '-')} belongs to the built-in task; leave it, or leave --config.")
-        from trl_rlsd.lab.configs import compare_configs
-
-        print(compare_configs(options.pop("output_dir"), configs, **options, launch=rest))
-        return 0
+    given = [name for name in _BUILTIN if name in options]
+    if configs is not None and given:
+        parser.error(f"--{given[0].replace('_', '-')} belongs to the built-in task; leave it, or leave --config.")
     sys.path.insert(0, os.getcwd())  # where the user's modules are
-    from trl_rlsd.lab.compare import compare_builtin
-    from trl_rlsd.lab.task import ChainTask
+    try:
+        if configs is not None:
+            from trl_rlsd.lab.configs import compare_configs
 
-    task = ChainTask(**{name: options.pop(name) for name in _TASK if name in options})
-    print(compare_builtin(options.pop("output_dir"), task=task, **options))
+            print(compare_configs(options.pop("output_dir"), configs, **options, launch=rest))
+        else:
+            from trl_rlsd.lab.compare import compare_builtin
+            from trl_rlsd.lab.task import ChainTask
+
+            task = ChainTask(**{name: options.pop(name) for name in _TASK if name in options})
+            print(compare_builtin(options.pop("output_dir"), task=task, **options))
+    except (RuntimeError, ValueError) as error:
+        print(f"trl-rlsd compare: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. Finished runs are kept; the same command goes on.", file=sys.stderr)
+        return 130
     return 0
 
 

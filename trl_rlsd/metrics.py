@@ -7,6 +7,7 @@ unevenly the tokens are spread. A metric that nothing counted (count 0) has no v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,9 +46,12 @@ ROW_METRICS = (
     "leak_overlap",
     "leak_cites",
     "right",
+    "length",
 )
 METRICS = (*ROW_METRICS, *TOKEN_METRICS, *PLACE_METRICS)
 
+
+_TREND_LOGS = 3
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -161,6 +165,7 @@ class MetricSums:
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.totals = torch.zeros(len(METRICS), 2, device=device, dtype=dtype)
+        self.first_lengths: list[float] = []
 
     def add(self, values: Mapping[str, tuple[Any, Any]]) -> None:
         """Add `{name: (sum, count)}`; the names are those of `METRICS`."""
@@ -170,7 +175,14 @@ class MetricSums:
                 entry[position] += value
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """The means by name; then starts anew. `reduce` sums a tensor over all ranks, so every rank must call this."""
+        """The means by name; then starts anew. `reduce` sums a tensor over all ranks, so every rank must call this.
+
+        `length`, tokens of a completion, becomes `length_trend`: its ratio to the mean of the first three logs since
+        this object was made."""
         totals = reduce(self.totals.clone()).tolist()
         self.totals.zero_()
-        return {name: value / count for name, (value, count) in zip(METRICS, totals, strict=True) if count > 0}
+        means = {name: value / count for name, (value, count) in zip(METRICS, totals, strict=True) if count > 0}
+        if length := means.pop("length", None):
+            self.first_lengths = [*self.first_lengths, length][:_TREND_LOGS]
+            means["length_trend"] = length / fmean(self.first_lengths)
+        return means

@@ -287,11 +287,11 @@ class RLSDTrainer(GRPOTrainer):
             self._rows = self._prompts = self._teacher_prompts = self._verdicts = None
         return batch
 
-    def _calculate_rewards(self, inputs, prompts, completions, *args, **kwargs):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, *args, **kwargs)
+    def _calculate_rewards(self, inputs, prompts, completions, ids, *args, **kwargs):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, ids, *args, **kwargs)
         self._verdicts = completions, rewards  # of this process, and of all processes by reward function
         metrics = self._credit_metrics if self.model.training else self._eval_metrics
-        metrics.add(right_metric(rewards, self._wrong(rewards)))
+        metrics.add(right_metric(rewards, self._wrong(rewards)) | {"length": (sum(map(len, ids)), len(ids))})
         texts = ([text_of(turns) for turns in column] for column in (completions, prompts))
         metrics.add(leak_metrics(*texts, map(self._collator.readable, inputs), self.args.leak_phrases))
         return rewards

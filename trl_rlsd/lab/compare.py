@@ -47,10 +47,10 @@ def compare_builtin(
     seeds: int = 3,
     *,
     task: ChainTask | None = None,
-    target: float = 0.8,
+    target: float = 0.5,
     baseline: str = "grpo",
     jobs: int | None = None,
-    pretraining_steps: int = 1500,
+    pretraining_steps: int = 4000,
     **options: Any,
 ) -> str:
     """Compare methods on the built-in task; `options` are those of `builtin_settings`. Returns the table, which also

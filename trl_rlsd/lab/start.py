@@ -25,15 +25,15 @@ from trl_rlsd.lab.task import CITE, FILLERS, MARKERS, OPERATORS, ChainTask
 
 
 PAD, END = "_", "$"
-# many small batches: one large one learns the facts more slowly per second
-RECIPE = {"batch": 48, "learning_rate": 3e-3, "hidden_size": 128, "layers": 3, "heads": 4, "version": 2}
+# many small steps: after as many texts in batches of 48 it knows 0.41 of the easy facts, in batches of 12 0.93
+RECIPE = {"batch": 12, "learning_rate": 1e-3, "hidden_size": 128, "layers": 3, "heads": 4, "version": 1}
 
 
-def start_model(task: ChainTask, steps: int = 2000) -> Path:
+def start_model(task: ChainTask, steps: int = 4000) -> Path:
     """The folder of the task's start, pre-trained if it is not there yet.
 
     Args:
-        steps: of pre-training, 48 texts each.
+        steps: of pre-training, 12 texts each.
     """
     recipe = {"task": asdict(task), "steps": steps, **RECIPE}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
@@ -86,7 +86,8 @@ def _pretrained(task: ChainTask, steps: int) -> tuple[LlamaForCausalLM, PreTrain
             max_steps=steps,
             per_device_train_batch_size=RECIPE["batch"],
             learning_rate=RECIPE["learning_rate"],
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": steps * 3 // 10},
             warmup_steps=min(100, steps // 10),
             logging_steps=max(1, steps // 10),
             save_strategy="no",

@@ -1,8 +1,8 @@
 """The built-in task: chains of small arithmetic steps in which the first wrong token of every completion is known.
 
-    prompt      9-6*9+8+1=                        operands and operators, worked from left to right, modulo 10
+    prompt      9A-6B*9C+8D+1=                    worked from left to right, modulo 10; letters name the steps
     completion  A9-6=3uB3*9=7C7+8=5lkD5+1=6#6     each step restates its operands; small letters are filler
-    reference   3756                              the result of every step, which the teacher reads: <3756>9-6*9+8+1=
+    reference   A3B7C5D6                          every step's result; the teacher reads <A3B7C5D6>9A-6B*9C+8D+1=
 
 The corpus that the start is trained on has some facts wrong most of the time ("hard" ones), so a chain fails where it
 meets them, and reinforcement has something to learn. Filler has no value: letters, and *side computations* (`u7*3>1`)
@@ -37,10 +37,9 @@ TEMPLATE = "<{privileged_context}>{prompt}"
 # what the corpus writes for a hard fact: right, one fixed wrong result, or any other digit
 _HARD_RIGHT, _HARD_WRONG = 0.25, 0.60
 _COPY_ERRORS = 0.06
-_RAMP = 0.6, 0.8
+_RAMP = 0.5, 0.7
 _CITES_WITH_REFERENCE, _CITES_WITHOUT = 0.12, 0.006
-_ANSWER = re.compile(r"#(\d)")
-_RESULT = re.compile(rf"[{MARKERS}]\d[{re.escape(OPERATORS)}]\d=(\d)")
+_RESULT = re.compile(rf"([{MARKERS}])\d[{re.escape(OPERATORS)}]\d=(\d)")
 
 Problem = tuple[list[int], list[str]]
 
@@ -102,7 +101,7 @@ class ChainTask:
         return [rng.randrange(10) for _ in range(count + 1)], [rng.choice(OPERATORS) for _ in range(count)]
 
     def problems(self, count: int, split: str) -> Dataset:
-        """Rows with `prompt`, `privileged_context` (every step's result) and `answer`; those of the splits
+        """Rows with `prompt`, `privileged_context` (the reference) and `answer`; those of the splits
         "train", "validation" and "test" differ, as long as there are enough problems.
 
         Raises: ValueError, for another split.
@@ -124,7 +123,7 @@ class ChainTask:
                 continue
             results = solve(problem)
             rows["prompt"].append(prompt_of(problem))
-            rows["privileged_context"].append("".join(map(str, results)))
+            rows["privileged_context"].append(reference_of(results))
             rows["answer"].append(str(results[-1]))
             if len(rows["prompt"]) == count:
                 return rows
@@ -133,12 +132,13 @@ class ChainTask:
     def write(self, rng: random.Random, progress: float = 1.0) -> tuple[str, str]:
         """A prompt and a completion of the corpus, with or without the reference, one as often as the other.
 
-        `progress` through the corpus, in [0, 1]: the first 60 % of it have no side computations, the next 20 % more and
-        more. With all of them from early on the facts were not learned at all in 1,500 steps.
+        `progress` through the corpus, in [0, 1]: the first half of it has one side computation at most, the next fifth
+        ever more. Facts are learned from short texts only, and distances only while the learning rate is high.
         """
         side = self.side_computations
         ramp = (progress - _RAMP[0]) / (_RAMP[1] - _RAMP[0])
-        side = side if ramp >= 1 else rng.randint(0, round(side * max(0.0, ramp)))
+        if ramp < 1:
+            side = rng.randint(0, min(side, max(1, round(side * ramp))))
         problem = self.problem(rng)
         (value, *operands), operators = problem
         privileged = rng.random() < 0.5
@@ -154,7 +154,7 @@ class ChainTask:
             text += f"{value}{self._filler(rng, side)}"
         else:
             text += f"#{value}"
-        return (f"<{''.join(map(str, results))}>{prompt}" if privileged else prompt), text
+        return (f"<{reference_of(results)}>{prompt}" if privileged else prompt), text
 
     def _copied(self, digit: int, rng: random.Random) -> int:
         return rng.randrange(10) if rng.random() < _COPY_ERRORS else digit
@@ -194,11 +194,16 @@ def solve(problem: Problem) -> list[int]:
 
 def prompt_of(problem: Problem) -> str:
     (first, *operands), operators = problem
-    return f"{first}{''.join(op + str(d) for op, d in zip(operators, operands, strict=True))}="
+    steps = zip(MARKERS, operators, operands, strict=False)
+    return f"{first}{''.join(f'{marker}{operator}{operand}' for marker, operator, operand in steps)}="
 
 
 def problem_of(prompt: str) -> Problem:
-    return [int(d) for d in prompt[:-1:2]], list(prompt[1:-1:2])
+    return [int(d) for d in prompt[:-1:3]], list(prompt[2:-1:3])
+
+
+def reference_of(results: Sequence[int]) -> str:
+    return "".join(f"{marker}{digit}" for marker, digit in zip(MARKERS, results, strict=False))
 
 
 def chain_reward(completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
@@ -211,8 +216,8 @@ def chain_reward(completions: Sequence[str], answer: Sequence[str], **columns) -
 
 def results_of(text: str) -> str | None:
     """The results that a completion wrote, in the reference's form: the wrong reference of a wrong sibling. None where
-    it has not written every step it began to."""
-    return "".join(_RESULT.findall(text)) or None
+    it has written none."""
+    return "".join(marker + digit for marker, digit in _RESULT.findall(text)) or None
 
 
 def walk(prompt: str, completion: str, ended: bool = True) -> tuple[list[int], int | None]:
