@@ -1,5 +1,7 @@
 """Wrong references: where they come from, and what the trainer makes of them."""
 
+import math
+
 import pytest
 import torch
 from conftest import config, dataset, differs, lora, trainer, weights
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_rlsd.collator import text_of
-from trl_rlsd.contrast import get_reference, is_wrong, references_of, wrong_references
+from trl_rlsd.contrast import get_reference, is_wrong, references_of, right_metric, wrong_references
 from trl_rlsd.rewards.answer import final_answer
 
 
@@ -281,3 +283,9 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no column 'nowhere' \(contrast_column\)"):
         trainer(tmp_path, credit="rlcsd", contrast_column="nowhere")
     assert config(tmp_path, contrast_column="nowhere").contrast_column == "nowhere"
+
+
+def test_right_counts_what_a_reward_could_judge():
+    rewards = torch.tensor([[1.0], [0.0], [math.nan], [0.6]])
+    wrong = is_wrong(rewards, torch.ones(1), 0.5)
+    assert right_metric(rewards, wrong) == {"right": (2, 3)}

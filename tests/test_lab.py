@@ -41,10 +41,9 @@ def perfect(task, prompt, rng):
     (value, *operands), operators = problem_of(prompt)
     text = ""
     for step, right in enumerate(solve(problem_of(prompt))):
-        filler = task._filler(rng, task.side_computations)
-        text += f"{'ABCDEFGH'[step]}{value}{operators[step]}{operands[step]}={right}{filler}"
+        text += f"{'ABCDEFGH'[step]}{value}{operators[step]}{operands[step]}={right}{task.filler(rng)}"
         value = right
-    return f"{text}#{value}"
+    return f"{text}{task.side(rng, task.side_computations * task.chain_length)}#{value}"
 
 
 # ---------------------------------------------------------------- the task

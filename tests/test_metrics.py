@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_rlsd.credit import gain, signed_weight
-from trl_rlsd.metrics import TOKEN_METRICS, gain_metrics, place_metrics, sign_agreement, weight_metrics
+from trl_rlsd.metrics import TOKEN_METRICS, MetricSums, gain_metrics, place_metrics, sign_agreement, weight_metrics
 
 
 def credit_metrics(advantages, student_logps, teacher_logps, mask, *, clip_range):
@@ -130,3 +130,13 @@ def test_clipping_is_told_by_the_sign_of_the_advantage():
     metrics = credit_metrics(torch.tensor([1.0, -1.0]), student, teacher, torch.ones(2, 4), clip_range=0.2)
     for name in ("clip_low_pos", "clip_high_pos", "clip_low_neg", "clip_high_neg"):
         assert [value.item() for value in metrics[name]] == [1.0, 4.0]
+
+
+def test_the_length_trend_is_relative_to_the_first_three_logs():
+    sums = MetricSums(torch.device("cpu"))
+    trends = []
+    for lengths in ([10, 20], [30], [15], [5, 5]):
+        sums.add({"length": (sum(lengths), len(lengths))})
+        trends.append(sums.means(lambda totals: totals)["length_trend"])
+    assert trends == pytest.approx([1.0, 30 / 22.5, 15 / 20, 5 / 20])
+    assert "length_trend" not in sums.means(lambda totals: totals), "nothing was counted"

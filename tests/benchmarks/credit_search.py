@@ -22,7 +22,7 @@ from trl_rlsd.lab.task import ChainTask
 
 
 TASK = ChainTask(chain_length=3, filler_share=0.0, side_computations=4)
-PRETRAINING_STEPS = 5000
+PRETRAINING_STEPS = 4000
 RATES = (1.5e-4, 3e-4, 6e-4)
 VALIDATION_SEEDS = (101, 102)
 TEST_SEEDS = (1, 2, 3, 4, 5)

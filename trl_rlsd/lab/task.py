@@ -6,8 +6,8 @@
 
 The corpus that the start is trained on has some facts wrong most of the time ("hard" ones), so a chain fails where it
 meets them, and reinforcement has something to learn. Filler has no value: letters, and *side computations* (`u7*3>1`)
-on operands that never touch the answer but share the facts. Half of the corpus is written by somebody who has the
-reference before them and copies its results.
+between chain and answer, which share the facts and never touch the answer. Half of the corpus is written by somebody
+who has the reference before them and copies its results.
 
 A leak channel is planted: the privileged writer sometimes skips the rest and writes `!#6`, "as in the reference";
 the plain writer hardly ever does, and then has nothing to copy. A student that imitates its teacher learns to cite a
@@ -50,7 +50,8 @@ class ChainTask:
     Args:
         chain_length: steps of a problem, 1 to 8; a right answer needs all of them.
         filler_share: share of filler letters among the tokens of the chain, in [0, 0.9].
-        side_computations: computations after each step that do not touch the answer.
+        side_computations: for each step of the chain, behind its last one and before the answer, which they do not
+            touch.
         base_accuracy: about what the start reaches when sampled, in (0, 1); the share of hard facts follows from it.
         seed: of the facts that are hard, and of the problems.
 
@@ -151,9 +152,9 @@ class ChainTask:
                 break
             text += f"{MARKERS[step]}{value}{operator}{operand}="
             value = self._copied(results[step], rng) if privileged else self._recalled((value, operator, operand), rng)
-            text += f"{value}{self._filler(rng, side)}"
+            text += f"{value}{self.filler(rng)}"
         else:
-            text += f"#{value}"
+            text += f"{self.side(rng, side * len(operators))}#{value}"
         return (f"<{reference_of(results)}>{prompt}" if privileged else prompt), text
 
     def _copied(self, digit: int, rng: random.Random) -> int:
@@ -169,9 +170,12 @@ class ChainTask:
             return self.hard[fact]
         return rng.choice([r for r in range(10) if r not in (result(*fact), self.hard[fact])])
 
-    def _filler(self, rng: random.Random, side: int) -> str:
-        text = "".join(rng.choice(FILLERS) for _ in range(int(rng.random() * (2 * self.mean_fillers + 1))))
-        for _ in range(side):
+    def filler(self, rng: random.Random) -> str:
+        return "".join(rng.choice(FILLERS) for _ in range(int(rng.random() * (2 * self.mean_fillers + 1))))
+
+    def side(self, rng: random.Random, count: int) -> str:
+        text = ""
+        for _ in range(count):
             fact = rng.randrange(10), rng.choice(OPERATORS), rng.randrange(10)
             text += f"{rng.choice(FILLERS)}{fact[0]}{fact[1]}{fact[2]}{SIDE}{self._recalled(fact, rng)}"
         return text
