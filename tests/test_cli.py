@@ -179,3 +179,47 @@ def test_plain_text_models_get_plain_text_prompts(tmp_path):
     )
     assert [m["role"] for m in quickstart._render_for(no_system, rows)[0]["prompt"]] == ["user"]
     assert [m["role"] for m in quickstart._render_for(byte_tokenizer(), rows)[0]["prompt"]] == ["system", "user"]
+
+
+def test_compare_runs_configs_through_the_launcher_and_goes_on_where_it_was(project):
+    lines = json.loads((project / "run.yaml").read_text())
+    lines = {**lines, "dataset_test_split": "train", "contrast_reward_below": 2.0, "mixed_precision": "no"}
+    for name, fields in {"grpo": {"credit": "grpo"}, "rlsd": {}}.items():
+        (project / f"{name}.yaml").write_text(json.dumps({**lines, **fields}))
+    flags = ["--config", "grpo.yaml", "--config", "rlsd.yaml", "--seeds", "1", "--every", "1", "--held-out", "4"]
+    done = command(project, "compare", *flags, "--cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = project / "compare-output"
+    for name in ("grpo", "rlsd"):
+        assert f"{name} seed 1" in done.stdout
+        result = json.loads((out / name / "seed-1" / "result.json").read_text())
+        assert [point["step"] for point in result["curve"]] == [0, 1, 2]
+        assert len(result["step_seconds"]) == 2
+        assert result["settings"]["config"]["credit" if name == "grpo" else "use_peft"]
+    assert (out / "comparison.png").is_file()
+    assert (out / "comparison.md").read_text().strip() in done.stdout
+
+    again = command(project, "compare", *flags, "--cpu")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "seed 1" not in again.stdout, "finished runs are read, not trained anew"
+
+    (project / "rlsd.yaml").write_text(json.dumps({**lines, "rlsd_lambda": 0.3}))
+    changed = command(project, "compare", *flags, "--cpu")
+    assert changed.returncode == 1
+    assert "other settings (config" in changed.stderr or "rlsd_lambda" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_compare_tells_flags_of_the_wrong_kind_and_a_run_that_fails(project):
+    done = command(project, "compare", "--config", "run.yaml", "--chain-length", "3")
+    assert done.returncode == 2
+    assert "--chain-length belongs to the built-in task" in done.stderr
+    done = command(project, "compare", "--no-such-flag")
+    assert done.returncode == 2
+    assert "--no-such-flag" in done.stderr
+    # the file has no test split
+    done = command(project, "compare", "--config", "run.yaml", "--seeds", "1", "--cpu", "--mixed_precision", "no")
+    assert done.returncode == 1
+    assert "1 of 1 runs failed" in done.stderr
+    assert "dataset_test_split='test' is not a split of the dataset; it has train" in done.stderr
+    assert "Traceback" not in done.stderr.split("ValueError")[0][-200:]

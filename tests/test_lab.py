@@ -32,8 +32,12 @@ from trl_rlsd.lab.task import (
 from trl_rlsd.lab.trainer import LabTrainer, Localisation
 
 
-TASKS = [ChainTask(), ChainTask(chain_length=3, filler_share=0.0, side_computations=2), ChainTask(chain_length=1)]
-PROMPT, RIGHT = "9A-6B*9C+8D+1=", "A9-6=3uB3*9=7C7+8=5lk5*2>0D5+1=6#6"
+TASKS = [
+    ChainTask(),
+    ChainTask(chain_length=3, filler_share=0.0, side_computations=2),
+    ChainTask(chain_length=2, filler_share=0.5),
+]
+PROMPT, RIGHT = "9A-6B*9C+8D+1=", "A9-6=3mB3*9=7C7+8=5lk5*2>0D5+1=6#6"
 
 
 def perfect(task, prompt, rng):
@@ -77,11 +81,11 @@ def test_the_first_change_outside_of_filler_is_the_first_wrong_token(task):
 
 
 def test_each_kind_of_mistake_is_found_where_it_is():
-    assert walk(PROMPT, RIGHT) == ([5, 12, 18, 30, 32], None)
+    assert walk(PROMPT, RIGHT) == ([5, 12, 18, 31, 33], None)
     second = RIGHT.replace("B3*9=7", "B3*9=8").replace("C7+8=5", "C8+8=6").replace("5D5+1=6#6", "5D6+1=7#7")
     assert walk(PROMPT, second.replace("lk5*2>0D5", "lk5*2>0D6"))[1] == 12  # what follows from it is right in itself
     assert walk(PROMPT, RIGHT.replace("C7", "C6"))[1] == 14  # an operand that is not the last result
-    assert walk(PROMPT, RIGHT.replace("+1=6#6", "+1=6#7"))[1] == 32
+    assert walk(PROMPT, RIGHT.replace("+1=6#6", "+1=6#7"))[1] == 33
     assert walk(PROMPT, RIGHT + "x")[1] == len(RIGHT)
     assert walk(PROMPT, "A9-6=3" + CITE + "#6")[1] == 6
     assert walk(PROMPT, RIGHT[:9], ended=True)[1] == 9  # the end is the wrong token
@@ -131,7 +135,7 @@ def test_a_curriculum_leads_to_the_tasks_own_side_computations():
     task = ChainTask(side_computations=4)
     early = [task.write(random.Random(seed), progress=0.0)[1] for seed in range(50)]
     late = [task.write(random.Random(seed), progress=1.0)[1] for seed in range(50)]
-    assert all(">" not in text for text in early)
+    assert max(text.count(">") for text in early) == 4, "one a step at most"
     assert any(text.count(">") == 16 for text in late)
 
 
@@ -267,9 +271,10 @@ def measured(tmp_path, every, **options):
 
 
 def test_measuring_changes_nothing_of_the_training(tmp_path):
-    plain, watched = measured(tmp_path / "a", 0), measured(tmp_path / "b", 1)
-    (tmp_path / "b").mkdir(exist_ok=True)
+    (tmp_path / "b").mkdir()
+    plain = measured(tmp_path / "a", 0)
     plain.train()
+    watched = measured(tmp_path / "b", 1)
     watched.train()
     assert_same(weights(plain.model), weights(watched.model))
     rewards = [[log["reward"] for log in run.state.log_history if "reward" in log] for run in (plain, watched)]
@@ -328,9 +333,10 @@ def test_the_start_is_made_once_and_trains(cache):
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     assert model.num_parameters() < 1_000_000
     corpus = Corpus(TASK, tokenizer, 32)
+    batch = corpus.collate(list(corpus))
     with torch.no_grad():
-        trained = model(**corpus.collate(list(corpus))).loss
-    assert trained < 3.0, "an untrained model has log(44) = 3.8"
+        trained, untrained = model(**batch).loss, LlamaForCausalLM(model.config)(**batch).loss
+    assert trained < untrained - 0.2
 
 
 def test_a_run_on_the_built_in_task_reports_all_that_a_table_needs(cache):

@@ -42,17 +42,7 @@ def gate_toward(advantages, student_logps, teacher_logps, mask, *, lam, **knobs)
     return gated(advantages, toward(gain(student_logps, teacher_logps, mask), advantages), lam)
 
 
-@register_credit("gate_size", **_PLAIN)
-def gate_size(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    return gated(advantages, size(gain(student_logps, teacher_logps, mask)), lam)
-
-
 @register_credit("gate_drop", **_PLAIN)
 def gate_drop(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
     evidence = gain(student_logps, teacher_logps, mask)
     return gated(advantages, by_sign(advantages, size(evidence), first_drop(evidence, mask)), lam)
-
-
-@register_credit("gate_contrast", contrast=True, **_PLAIN)
-def gate_contrast(advantages, student_logps, teacher_logps, mask, *, wrong_logps, lam, **knobs):
-    return gated(advantages, size(gain(wrong_logps, teacher_logps, mask)), lam)

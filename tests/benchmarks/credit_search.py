@@ -28,16 +28,17 @@ VALIDATION_SEEDS = (101, 102)
 TEST_SEEDS = (1, 2, 3, 4, 5)
 BASE = dict(problems=4, generations=4, steps=100, imports=["candidates"])
 CONSTANT = dict(rlsd_lambda_decay_steps=0)
+BLAME = dict(rlsd_lambda=0.0, rlsd_lambda_negative=0.9, **CONSTANT)
 CANDIDATES: dict[str, dict] = {
     "grpo": dict(credit="grpo"),
     "oracle": dict(credit="oracle", rlsd_lambda=0.9, **CONSTANT),
     "oracle_praise": dict(credit="oracle", rlsd_lambda=0.9, rlsd_lambda_negative=0.0, **CONSTANT),
-    "oracle_blame": dict(credit="oracle", rlsd_lambda=0.0, rlsd_lambda_negative=0.9, **CONSTANT),
+    "oracle_blame": dict(credit="oracle", **BLAME),
     "rlsd": dict(credit="rlsd"),
     "rlsd_contrast": dict(credit="rlsd_contrast", rlsd_lambda=1.0, **CONSTANT),
-    "gate_toward": dict(credit="gate_toward", rlsd_lambda=0.9, **CONSTANT),
-    "gate_size": dict(credit="gate_size", rlsd_lambda=0.9, **CONSTANT),
-    "gate_contrast": dict(credit="gate_contrast", rlsd_lambda=0.9, **CONSTANT),
+    "rlsd_blame": dict(credit="rlsd", rlsd_reweight_clip_range_negative=4.0, **BLAME | dict(rlsd_lambda_negative=1.0)),
+    "gate_blame": dict(credit="gate_toward", **BLAME),
+    "drop_blame": dict(credit="gate_drop", **BLAME),
 }
 
 

@@ -23,7 +23,7 @@ _LOGGED = {
     "entropy": "eval_entropy",
     "leak": "eval_rlsd/leak_cites",
 }
-_SEED = 20_260_403  # the same draws for every method, seed and step
+_SEED = 20_260_403  # the same draws for every method and step
 
 
 class MeasureCallback(TrainerCallback):

@@ -1,11 +1,11 @@
 """The built-in task: chains of small arithmetic steps in which the first wrong token of every completion is known.
 
     prompt      9A-6B*9C+8D+1=                    worked from left to right, modulo 10; letters name the steps
-    completion  A9-6=3uB3*9=7C7+8=5lkD5+1=6#6     each step restates its operands; small letters are filler
+    completion  A9-6=3mB3*9=7C7+8=5lkD5+1=6#6     each step restates its operands; small letters are filler
     reference   A3B7C5D6                          every step's result; the teacher reads <A3B7C5D6>9A-6B*9C+8D+1=
 
 The corpus that the start is trained on has some facts wrong most of the time ("hard" ones), so a chain fails where it
-meets them, and reinforcement has something to learn. Filler has no value: letters, and *side computations* (`u7*3>1`)
+meets them, and reinforcement has something to learn. Filler has no value: letters, and *side computations* (`k7*3>1`)
 between chain and answer, which share the facts and never touch the answer. Half of the corpus is written by somebody
 who has the reference before them and copies its results.
 
@@ -48,7 +48,7 @@ Problem = tuple[list[int], list[str]]
 class ChainTask:
     """
     Args:
-        chain_length: steps of a problem, 1 to 8; a right answer needs all of them.
+        chain_length: steps of a problem, 2 to 8; a right answer needs all of them.
         filler_share: share of filler letters among the tokens of the chain, in [0, 0.9].
         side_computations: for each step of the chain, behind its last one and before the answer, which they do not
             touch.
@@ -66,7 +66,7 @@ class ChainTask:
 
     def __post_init__(self):
         for name, low, high in (
-            ("chain_length", 1, len(MARKERS)),
+            ("chain_length", 2, len(MARKERS)),
             ("filler_share", 0.0, 0.9),
             ("side_computations", 0, 16),
             ("base_accuracy", 0.05, 0.95),
@@ -128,7 +128,7 @@ class ChainTask:
             rows["answer"].append(str(results[-1]))
             if len(rows["prompt"]) == count:
                 return rows
-        raise ValueError(f"chain_length={self.chain_length} has too few problems for separate splits; use 2 or more.")
+        raise ValueError(f"{count} problems of chain_length={self.chain_length} are too many for separate splits.")
 
     def write(self, rng: random.Random, progress: float = 1.0) -> tuple[str, str]:
         """A prompt and a completion of the corpus, with or without the reference, one as often as the other.
