@@ -222,4 +222,4 @@ def test_compare_tells_flags_of_the_wrong_kind_and_a_run_that_fails(project):
     assert done.returncode == 1
     assert "1 of 1 runs failed" in done.stderr
     assert "dataset_test_split='test' is not a split of the dataset; it has train" in done.stderr
-    assert "Traceback" not in done.stderr.split("ValueError")[0][-200:]
+    assert "Traceback" not in done.stderr

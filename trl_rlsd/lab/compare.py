@@ -123,7 +123,9 @@ def finish(results: Iterable[tuple[Run, Callable[[], dict]]], total: int, done: 
         try:
             value = result()
         except Exception as error:  # another run's result must not be lost with this one
-            failed.append(f"{run.method} seed {run.seed}: {type(error).__name__}: {error} (see {run.folder})")
+            failed.append(
+                f"{run.method} seed {run.seed}: {type(error).__name__}: {error} (see {run.folder / 'log.txt'})"
+            )
             continue
         write(run.result, json.dumps(value))
         done += 1

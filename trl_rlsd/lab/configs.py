@@ -7,6 +7,7 @@ python -m trl_rlsd.lab.configs FOLDER EVERY ROWS METHOD --config FILE --seed N .
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ _SHARED = (
     "reward_funcs",
     "reward_weights",
 )
+
+_ERROR = re.compile(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): .*)$", re.MULTILINE)
 
 
 def compare_configs(
@@ -131,8 +134,14 @@ def _launched(run: Run, config: str, launch: Sequence[str]) -> dict[str, Any]:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     trained_result = folder / "trained.json"
     if status or not trained_result.is_file():
-        raise RuntimeError(f"it ended with status {status}: {' '.join(log.read_text().splitlines()[-3:])[-500:]}")
+        raise RuntimeError(f"it ended with status {status}: {_error(log.read_text())}")
     return {**json.loads(trained_result.read_text()), "seed": run.seed, "settings": settings}
+
+
+def _error(log: str) -> str:
+    """The last error that a process told of; the launcher's own, which follows it, says nothing."""
+    told = [error for error in _ERROR.findall(log) if not error.startswith("subprocess.")]
+    return told[-1] if told else log[-300:]
 
 
 def main(argv: list[str]) -> None:
