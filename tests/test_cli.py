@@ -184,6 +184,7 @@ def test_plain_text_models_get_plain_text_prompts(tmp_path):
 def test_compare_runs_configs_through_the_launcher_and_goes_on_where_it_was(project):
     lines = json.loads((project / "run.yaml").read_text())
     lines = {**lines, "dataset_test_split": "train", "contrast_reward_below": 2.0, "mixed_precision": "no"}
+    lines |= {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1}  # a step without new completions
     for name, fields in {"grpo": {"credit": "grpo"}, "rlsd": {}}.items():
         (project / f"{name}.yaml").write_text(json.dumps({**lines, **fields}))
     flags = ["--config", "grpo.yaml", "--config", "rlsd.yaml", "--seeds", "1", "--every", "1", "--held-out", "4"]
@@ -206,7 +207,7 @@ def test_compare_runs_configs_through_the_launcher_and_goes_on_where_it_was(proj
     (project / "rlsd.yaml").write_text(json.dumps({**lines, "rlsd_lambda": 0.3}))
     changed = command(project, "compare", *flags, "--cpu")
     assert changed.returncode == 1
-    assert "other settings (config" in changed.stderr or "rlsd_lambda" in changed.stderr
+    assert "rlsd/seed-1 holds a run of other settings (rlsd_lambda=None, now 0.3)" in changed.stderr
     assert "Traceback" not in changed.stderr
 
 

@@ -46,7 +46,6 @@ SUBMODULES = [
     "transformers.trainer.OPTIMIZER_NAME",
     "transformers.trainer_callback.PrinterCallback",
     "transformers.trainer_callback.ProgressCallback",
-    "transformers.trainer_utils.get_last_checkpoint",
     "transformers.utils.ModelOutput",
     "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "trl.data_utils.is_conversational",

@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_rlsd import RLSDConfig, register_credit
 from trl_rlsd.credit import get_credit, token_advantages
-from trl_rlsd.lab import compare, start
+from trl_rlsd.lab import compare, configs, start
 from trl_rlsd.lab.builtin import builtin_settings, run_builtin
-from trl_rlsd.lab.compare import Run, compare_builtin, finish, unfinished
+from trl_rlsd.lab.compare import Run, begin, compare_builtin, finish, unfinished
 from trl_rlsd.lab.configs import load_configs
 from trl_rlsd.lab.measure import MeasureCallback, read_curve
 from trl_rlsd.lab.start import END, PAD, Corpus, character_tokenizer, start_model
@@ -90,6 +90,9 @@ def test_each_kind_of_mistake_is_found_where_it_is():
     assert walk(PROMPT, "A9-6=3" + CITE + "#6")[1] == 6
     assert walk(PROMPT, RIGHT[:9], ended=True)[1] == 9  # the end is the wrong token
     assert walk(PROMPT, RIGHT[:9], ended=False)[1] is None  # cut off: no token of its own is wrong
+    for cut in range(RIGHT.index("D")):
+        assert walk(PROMPT, RIGHT[:cut], ended=False)[1] is None
+        assert walk(PROMPT, RIGHT[:cut], ended=True)[1] == cut
 
 
 def test_labels_lie_on_tokens():
@@ -286,8 +289,16 @@ def test_measuring_changes_nothing_of_the_training(tmp_path):
 def test_a_measurement_is_the_share_of_right_completions(tmp_path):
     built = measured(tmp_path, 2)
     seen = []
-    built.reward_funcs[0] = lambda completions, **columns: seen.append(completions) or byte_reward(completions)
+    sampled = []
+
+    def watched(completions, **columns):
+        seen.append(completions)
+        sampled.append(built.generation_config.do_sample)
+        return byte_reward(completions)
+
+    built.reward_funcs[0] = watched
     built.train()
+    assert sampled[:5] == [True, True, False, False, True], "before training: sampled, greedy; then training samples"
     curve = read_curve(tmp_path / "curve.jsonl")
     assert [point["step"] for point in curve] == [0, 2, 4]
     right = sum(value >= 3 for texts in seen[:2] for value in byte_reward(texts))  # two batches: four rows and two
@@ -380,13 +391,14 @@ def test_a_comparison_writes_table_and_picture_and_goes_on_where_it_was(cache, c
     assert "[2/2]" in capsys.readouterr().out
 
     results = [out / method / "seed-1" / compare.RESULT for method in ("grpo", "rlsd")]
+    curve = json.loads(results[1].read_text())["curve"]
     kept = results[0].stat().st_mtime_ns
     results[1].unlink()  # an interruption before the second was done
     again = compare_builtin(str(out), ("grpo", "rlsd"), 1, **options)
     assert results[0].stat().st_mtime_ns == kept
-    assert results[1].is_file()
+    assert json.loads(results[1].read_text())["curve"] == curve
     assert "[2/2] rlsd seed 1" in capsys.readouterr().out
-    assert again.split("|AUC")[0].count("\n") == text.split("|AUC")[0].count("\n")
+    assert again.count("\n") == text.count("\n")
     with pytest.raises(ValueError, match=r"other settings \(learning_rate=0.0003, now 0.1\).*Choose another"):
         compare_builtin(str(out), ("grpo", "rlsd"), 1, **options, learning_rate=0.1)
 
@@ -398,7 +410,9 @@ def test_an_unknown_method_is_told_before_anything_is_trained(cache):
 
 
 def test_a_failed_run_costs_no_other_runs_result(tmp_path):
-    runs = [Run(name, 1, {}, tmp_path / name) for name in ("a", "b", "c")]
+    runs = [Run(name, 1, {"steps": 2}, tmp_path / name) for name in ("a", "b", "c")]
+    for run in runs:
+        begin(run)
 
     def fails():
         raise FloatingPointError("it diverged")
@@ -408,19 +422,63 @@ def test_a_failed_run_costs_no_other_runs_result(tmp_path):
     with pytest.raises(RuntimeError, match=r"1 of 3 runs failed; the others are kept.\na seed 1: .*it diverged"):
         finish(iter(results), 3, 0)
     assert unfinished(runs) == runs[:1]
+    # the failed run may have left a checkpoint: its folder is not for a run of other settings either
+    with pytest.raises(ValueError, match=r"a holds a run of other settings \(steps=2, now 3\)"):
+        unfinished([Run("a", 1, {"steps": 3}, tmp_path / "a")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"methods": ("grpo", "grpo")}, "methods has grpo more than once"),
+        ({"baseline": "grop"}, "baseline='grop' is not one of the methods: grpo, rlsd"),
+        ({"target": 70}, r"target=70 is out of range.*\(0, 1\]"),
+        ({"seeds": 0}, "seeds=0 is out of range"),
+        ({"every": 0}, "every=0 is out of range"),
+        ({"steps": 0}, "steps=0 is out of range"),
+        ({"held_out": 4096}, "held_out=4096 is out of range; it must be at most 2048"),
+    ],
+)
+def test_options_are_checked_before_the_start_is_made(cache, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare_builtin(str(cache / "out"), **{"methods": ("grpo", "rlsd"), "seeds": 1, "task": TASK, **options})
+    assert not (cache / "cache").exists()
+
+
+def test_the_error_of_a_run_is_the_processes_own_not_the_launchers():
+    log = (
+        "[rank0]: ValueError: dataset_name is not set. Give one.\n"
+        "subprocess.CalledProcessError: Command '[...]' returned non-zero exit status 1.\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    )
+    assert configs._error(log) == "ValueError: dataset_name is not set. Give one."
+    assert configs._error("Killed") == "Killed"
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_resumed(tmp_path):
+    assert configs._last_checkpoint(tmp_path / "none") is None
+    for step in (9, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 100:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert configs._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_configs_that_cannot_be_compared_are_refused(tmp_path):
     common = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "reward_funcs": ["r"]}
     for name, fields in {"a": {}, "b": {"credit": "grpo"}, "c": {"dataset_name": "e.jsonl"}}.items():
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**common, **fields}))
+    (tmp_path / "longer.yaml").write_text(json.dumps({**common, "max_steps": 9}))
+    (tmp_path / "default.yaml").write_text(json.dumps({**common, "dataset_test_split": "test"}))
+    longer, default = str(tmp_path / "longer.yaml"), str(tmp_path / "default.yaml")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.yaml").write_text(json.dumps(common))
     (tmp_path / "empty.yaml").write_text("")
     a, b, c, deep, empty = (str(tmp_path / f"{n}.yaml") for n in ("a", "b", "c", "deep/a", "empty"))
-    assert list(load_configs([a, b])) == ["a", "b"]
+    assert list(load_configs([a, b, default])) == ["a", "b", "default"], "a default may be written out"
     for paths, message in (
         ([a, c], "dataset_name='e.jsonl' in c, 'd.jsonl' in a: a comparison needs the same start"),
+        ([a, longer], "max_steps=9 in longer, -1 in a"),
         ([a, deep], "another config is named 'a', too"),
         ([a, str(tmp_path / "none.yaml")], "there is no such file"),
         ([empty], "holds no fields"),

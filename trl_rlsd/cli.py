@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from trl_rlsd import __version__
 
@@ -21,7 +22,7 @@ Train with RLSD. Every field of RLSDConfig and of TRL's ModelConfig is a flag, a
 _COMPARE_HELP = """\
 Train the same start on the same problems with several methods and seeds; one table, one picture, with intervals.
 
-  trl-rlsd compare                                                the built-in task, on a CPU, in about 15 minutes
+  trl-rlsd compare                                                the built-in task, on a CPU, in about 10 minutes
   trl-rlsd compare --config grpo.yaml --config rlsd.yaml --seeds 5          config files of `trl-rlsd train`
 
 An interrupted comparison goes on where it was when the command is given again.
@@ -74,7 +75,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     both.add_argument("--output-dir", default="compare-output", help="[%(default)s]")
     both.add_argument("--seeds", type=int, help="how many, from 1 on [3]")
     both.add_argument("--steps", type=int, help="optimizer steps of a run [80; a config's own]")
-    both.add_argument("--every", type=int, help="steps between two measurements [5; 20]")
+    both.add_argument("--every", type=int, help="steps between two measurements [10; 20]")
     both.add_argument("--held-out", type=int, help="problems that are measured on [256]")
     both.add_argument("--target", type=float, help="sampled accuracy that steps are counted to [0.5]")
     both.add_argument("--baseline", help="what ratios and differences are taken to [grpo; the first config]")
@@ -113,6 +114,8 @@ def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) ->
     given = [name for name in _BUILTIN if name in options]
     if configs is not None and given:
         parser.error(f"--{given[0].replace('_', '-')} belongs to the built-in task; leave it, or leave --config.")
+    if missing := [name for name in ("matplotlib", "scipy", "yaml") if find_spec(name) is None]:
+        parser.error(f"{', '.join(missing)} is not installed: pip install 'trl-rlsd[lab]'")
     sys.path.insert(0, os.getcwd())  # where the user's modules are
     try:
         if configs is not None:

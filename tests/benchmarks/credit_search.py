@@ -98,6 +98,10 @@ def main() -> None:
     if not options.test:
         return
     tested = options.test.split(",")
+    if "grpo" not in tested or not set(tested) <= set(methods):
+        parser.error(
+            f"--test {options.test} must have grpo, and no method that was not searched: {', '.join(methods)}"
+        )
     runs = [
         Run(method, seed, _settings(method, chosen[method], "test"), folder / "test" / method / f"seed-{seed}")
         for seed in TEST_SEEDS

@@ -68,12 +68,15 @@ def register_credit(
     ```
 
     Raises:
-        ValueError: the name is taken, `teacher_rows` or `evidence` is unknown, or `contrast` without a teacher.
+        ValueError: the name is taken, `teacher_rows` or `evidence` is unknown, `reads` is no tuple, or `contrast`
+            without a teacher.
     """
     if teacher_rows not in _TEACHER_ROWS:
         raise ValueError(f"teacher_rows={teacher_rows!r} is not one of {', '.join(map(repr, _TEACHER_ROWS))}.")
     if evidence not in (None, "gain", "reversed", "contrast"):
         raise ValueError(f"evidence={evidence!r} is not one of 'gain', 'reversed', 'contrast', None.")
+    if isinstance(reads, str):
+        raise ValueError(f"reads={reads!r} is one string; give a tuple of names, ({reads!r},).")
     if contrast and teacher_rows == "none":
         raise ValueError("contrast=True needs a teacher; give teacher_rows='all' or another than 'none'.")
 

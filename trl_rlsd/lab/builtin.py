@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
@@ -14,11 +15,13 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
+from trl_rlsd import __version__
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import get_credit
 from trl_rlsd.lab import credit  # noqa: F401  registers the oracle and the control
 from trl_rlsd.lab.measure import MeasureCallback
-from trl_rlsd.lab.task import CITE, TEMPLATE, ChainTask, chain_reward
+from trl_rlsd.lab.start import source_hash, start_key
+from trl_rlsd.lab.task import CITE, MOST_HELD_OUT, TEMPLATE, ChainTask, chain_reward
 from trl_rlsd.lab.trainer import LabTrainer
 
 
@@ -51,16 +54,17 @@ def builtin_settings(
     task: ChainTask,
     *,
     steps: int = 80,
-    every: int = 5,
+    every: int = 10,
     problems: int = 8,
     generations: int = 8,
     learning_rate: float = 3e-4,
     split: str = "validation",
     held_out: int = 256,
     imports: Sequence[str] = (),
+    pretraining_steps: int = 4000,
     **fields: Any,
 ) -> dict[str, Any]:
-    """All that determines a run but its start and its seed, as JSON.
+    """What determines a run but its seed, as JSON: the options, and hashes of the start and of the credit function.
 
     Args:
         method: see `method_fields`.
@@ -69,11 +73,19 @@ def builtin_settings(
         learning_rate: of a method that has none of its own.
         imports: modules that register further credit functions.
         fields: of `RLSDConfig`, over the method's.
+
+    Raises: ValueError, for an unknown method, or more held-out problems than the splits keep apart.
     """
+    if held_out > MOST_HELD_OUT:
+        raise ValueError(f"held_out={held_out} is out of range; it must be at most {MOST_HELD_OUT}.")
     for module in imports:
         import_module(module)
+    own = method_fields(method)
     return {
         "method": method,
+        "version": __version__,
+        "start": start_key(task, pretraining_steps),
+        "credit_code": source_hash(get_credit(own["credit"]).function),
         "imports": list(imports),
         "task": asdict(task),
         "every": every,
@@ -84,7 +96,7 @@ def builtin_settings(
             "learning_rate": learning_rate,
             "per_device_train_batch_size": problems * generations,
             "num_generations": generations,
-            **method_fields(method),
+            **own,
             **fields,
         },
     }
@@ -98,7 +110,11 @@ def run_builtin(settings: dict[str, Any], start: str, seed: int, folder: str) ->
     torch.set_num_threads(1)  # runs stand side by side, one on each core
     try:
         with (path / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-            return _run(settings, start, seed, path)
+            try:
+                return _run(settings, start, seed, path)
+            except Exception:
+                traceback.print_exc()
+                raise
     finally:
         torch.set_num_threads(threads)
 
@@ -158,6 +174,7 @@ def trained(history: list[dict[str, float]]) -> dict[str, Any]:
     names = sorted({name for log in logs for name in log if name.startswith("rlsd/")})
     return {
         "step_seconds": [log["step_time"] for log in logs],
-        "rewards": [log["reward"] for log in logs],
+        # not in a step that takes its completions from an earlier one
+        "rewards": [log["reward"] for log in logs if log.get("reward") is not None],
         "metrics": {name: median(log[name] for log in logs if name in log) for name in names},
     }

@@ -24,12 +24,12 @@ from trl_rlsd.lab.start import start_model
 from trl_rlsd.lab.task import ChainTask
 
 
-RESULT = "result.json"
+RESULT, SETTINGS = "result.json", "settings.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A method with a seed. `settings`, as JSON, is all that determines its result but the seed."""
+    """A method with a seed; `settings`, as JSON, tell it from another run in the same folder."""
 
     method: str
     seed: int
@@ -48,7 +48,7 @@ def compare_builtin(
     *,
     task: ChainTask | None = None,
     target: float = 0.5,
-    baseline: str = "grpo",
+    baseline: str | None = None,
     jobs: int | None = None,
     pretraining_steps: int = 4000,
     **options: Any,
@@ -58,21 +58,38 @@ def compare_builtin(
 
     Args:
         seeds: how many, counted from 1.
+        baseline: what ratios and differences are taken to; None: grpo, if it is among the methods.
         jobs: runs at a time, each with one thread; None: as many as there are cores, 4 at most.
 
     Raises:
-        ValueError: a method is unknown, or the folder holds runs of other settings.
+        ValueError: an option is out of range, a method is unknown, or the folder holds runs of other settings.
         RuntimeError: a run failed; the others are kept, and calling again does the failed ones.
     """
     task = task or ChainTask()
+    baseline = baseline or ("grpo" if "grpo" in methods else None)
+    check_options(methods, baseline, seeds=seeds, target=target, jobs=jobs, **options)
+    options["pretraining_steps"] = pretraining_steps
     runs = [
         Run(method, seed, builtin_settings(method, task, **options), Path(output_dir) / method / f"seed-{seed}")
         for seed in range(1, seeds + 1)
         for method in methods
     ]
-    unfinished(runs)  # a mistake is told before the start is made
-    train_runs(runs, str(start_model(task, pretraining_steps)), jobs)
-    return report(runs, output_dir, target, baseline if baseline in methods else None)
+    if unfinished(runs):  # a mistake is told before the start is made
+        train_runs(runs, str(start_model(task, pretraining_steps)), jobs)
+    return report(runs, output_dir, target, baseline)
+
+
+def check_options(methods: Sequence[str], baseline: str | None, *, target: float, **counts: Any) -> None:
+    """What a comparison must know before it spends hours. Raises: ValueError, naming option, value and range."""
+    if repeated := sorted({method for method in methods if methods.count(method) > 1}):
+        raise ValueError(f"methods has {', '.join(repeated)} more than once.")
+    if baseline is not None and baseline not in methods:
+        raise ValueError(f"baseline={baseline!r} is not one of the methods: {', '.join(methods)}.")
+    if not 0 < target <= 1:
+        raise ValueError(f"target={target!r} is out of range; it is a share of right answers, in (0, 1].")
+    for name in ("seeds", "steps", "every", "held_out", "problems", "generations", "jobs"):
+        if counts.get(name) is not None and counts[name] < 1:
+            raise ValueError(f"{name}={counts[name]!r} is out of range; it must be at least 1.")
 
 
 def train_runs(runs: Sequence[Run], start: str, jobs: int | None = None) -> None:
@@ -81,28 +98,41 @@ def train_runs(runs: Sequence[Run], start: str, jobs: int | None = None) -> None
     jobs = jobs or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # a fresh interpreter: threads of a trained parent do not survive a fork
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for run in pending:
+            begin(run)
         tasks = {pool.submit(run_builtin, run.settings, start, run.seed, str(run.folder)): run for run in pending}
-        finish(((tasks[task], task.result) for task in as_completed(tasks)), len(runs), len(runs) - len(pending))
+        try:
+            finish(((tasks[task], task.result) for task in as_completed(tasks)), len(runs), len(runs) - len(pending))
+        except BaseException:  # leaving the pool would wait for all runs that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def unfinished(runs: Iterable[Run]) -> list[Run]:
     """The runs without a result yet.
 
-    Raises: ValueError, where a result is of other settings.
+    Raises: ValueError, where a run of other settings has ended, or begun, in a run's folder.
     """
     left = []
     for run in runs:
+        begun = run.folder / SETTINGS
+        known, wanted = (
+            json.loads(begun.read_text() if begun.is_file() else "null"),
+            json.loads(json.dumps(run.settings)),
+        )
+        if known is not None and known != wanted:
+            raise ValueError(
+                f"{run.folder} holds a run of other settings ({_difference(known, wanted)}). Choose another output "
+                "folder, or delete this one."
+            )
         if not run.result.is_file():
             left.append(run)
-            continue
-        known = json.loads(run.result.read_text())["settings"]
-        wanted = json.loads(json.dumps(run.settings))
-        if known != wanted:
-            raise ValueError(
-                f"{run.result} is of other settings ({_difference(known, wanted)}). Choose another output folder, or "
-                "delete it."
-            )
     return left
+
+
+def begin(run: Run) -> None:
+    """Say in the run's folder what it is, before there is a checkpoint or a result."""
+    write(run.folder / SETTINGS, json.dumps(run.settings, indent=1))
 
 
 def _difference(known: Any, wanted: Any, name: str = "") -> str:

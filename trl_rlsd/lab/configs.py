@@ -1,7 +1,7 @@
 """Comparing config files of the user's: each run is an `accelerate launch` of its own, on any number of devices.
 
 config files x seeds -> runs -> result files
-python -m trl_rlsd.lab.configs FOLDER EVERY ROWS METHOD --config FILE --seed N ...      one run, in the launcher
+python -m trl_rlsd.lab.configs FOLDER EVERY ROWS METHOD --config FILE ...      one run, in the launcher
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import MISSING, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig
 
+from trl_rlsd import __version__
+from trl_rlsd.config import RLSDConfig
 from trl_rlsd.lab.builtin import trained
-from trl_rlsd.lab.compare import Run, finish, report, unfinished, write
+from trl_rlsd.lab.compare import Run, begin, check_options, finish, report, unfinished, write
 from trl_rlsd.lab.measure import MeasureCallback
-from trl_rlsd.train import build_trainer, launcher_arguments, make_parser
+from trl_rlsd.train import RLSDScriptArguments, build_trainer, launcher_arguments, make_parser
 
 
-# what makes two runs the same start on the same problems
+# what makes two runs the same start, the same problems, the same budget, and the same meaning of "right" and "leak"
 _SHARED = (
     "model_name_or_path",
     "model_revision",
@@ -34,7 +39,22 @@ _SHARED = (
     "dataset_test_split",
     "reward_funcs",
     "reward_weights",
+    "contrast_reward_below",
+    "leak_phrases",
+    "max_steps",
+    "num_train_epochs",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "generation_kwargs",
 )
+# of every run, over what its config says: measured here alone, one completion a problem
+_OVERRIDES = {
+    "report_to": "none", "eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False,
+    "num_generations_eval": 1, "push_to_hub": False, "logging_strategy": "steps", "logging_steps": 1,
+    "disable_tqdm": True,
+}  # fmt: skip
 
 _ERROR = re.compile(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): .*)$", re.MULTILINE)
 
@@ -69,17 +89,17 @@ def compare_configs(
     """
     contents = load_configs(configs)
     baseline = baseline or next(iter(contents))
-    if baseline not in contents:
-        raise ValueError(f"baseline={baseline!r} is not one of the configs: {', '.join(contents)}.")
-    paths = dict(zip(contents, configs, strict=True))
     options = {"every": every, "held_out": held_out, "steps": steps}
+    check_options(list(contents), baseline, seeds=seeds, target=target, **options)
+    launchers = {name: _launcher(name, content, launch) for name, content in contents.items()}
+    fixed = {**options, "launch": list(launch), "version": __version__}
     runs = [
-        Run(name, seed, {"config": content, **options}, Path(output_dir) / name / f"seed-{seed}")
+        Run(name, seed, {"config": content, **fixed}, Path(output_dir) / name / f"seed-{seed}")
         for seed in range(1, seeds + 1)
         for name, content in contents.items()
     ]
     pending = unfinished(runs)
-    results = ((run, lambda run=run: _launched(run, paths[run.method], launch)) for run in pending)
+    results = ((run, lambda run=run: _launched(run, launchers[run.method])) for run in pending)
     finish(results, len(runs), len(runs) - len(pending))
     return report(runs, output_dir, target, baseline)
 
@@ -99,48 +119,66 @@ def load_configs(configs: Sequence[str]) -> dict[str, dict[str, Any]]:
         if name in contents:
             raise ValueError(f"--config {path}: another config is named {name!r}, too; methods go by file names.")
         contents[name] = content
+    defaults = {
+        field.name: field.default_factory() if field.default is MISSING else field.default
+        for kind in (ModelConfig, RLSDConfig, RLSDScriptArguments)
+        for field in fields(kind)
+        if field.default is not MISSING or field.default_factory is not MISSING
+    }
     (first, known), *others = contents.items()
     for name, content in others:
         for field in _SHARED:
-            if content.get(field) != known.get(field):
+            own, theirs = (one.get(field, defaults.get(field)) for one in (content, known))
+            if own != theirs:
                 raise ValueError(
-                    f"{field}={content.get(field)!r} in {name}, {known.get(field)!r} in {first}: a comparison needs "
-                    "the same start on the same problems. Make them equal, or compare each with its own baseline."
+                    f"{field}={own!r} in {name}, {theirs!r} in {first}: a comparison needs the same start, the same "
+                    "problems and the same budget. Make them equal, or compare each with its own baseline."
                 )
     return contents
 
 
-def _launched(run: Run, config: str, launch: Sequence[str]) -> dict[str, Any]:
-    """Train in processes of the launcher. Raises: RuntimeError, with the end of what they printed."""
+def _launcher(name: str, content: dict[str, Any], launch: Sequence[str]) -> list[str]:
+    """The launcher's arguments in a config and on the command line. The config's own fields are not built here: their
+    checks depend on the number of processes. Raises: ValueError."""
+    plain = {key: value for key, value in content.items() if key != "env"}
+    rest = [*make_parser().set_defaults_with_config(**plain), *launch]
+    try:
+        with redirect_stderr(StringIO()):
+            return launcher_arguments(rest)
+    except SystemExit:
+        raise ValueError(
+            f"--config {name}: {' '.join(rest)} has something that is neither a field nor an argument of `accelerate "
+            "launch`. Correct the name."
+        ) from None
+
+
+def _launched(run: Run, launcher: Sequence[str]) -> dict[str, Any]:
+    """Train in processes of the launcher. Raises: RuntimeError, with what they told of."""
     folder, settings = run.folder, run.settings
-    folder.mkdir(parents=True, exist_ok=True)
-    overrides = {
-        "seed": run.seed, "output_dir": folder / "model", "report_to": "none", "eval_strategy": "no",
-        "push_to_hub": False, "logging_steps": 1, "logging_strategy": "steps", "disable_tqdm": True,
-        **({"max_steps": settings["steps"]} if settings["steps"] else {}),
-    }  # fmt: skip
-    flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
-    parsed = make_parser().parse_args_and_config(
-        ["--config", config, *flags], return_remaining_strings=True, separate_remaining_strings=True
-    )
-    launcher = launcher_arguments([*parsed[-2], *launch])
+    begin(run)
+    overrides = {**_OVERRIDES, "seed": run.seed, "output_dir": str(folder / "model")}
+    if settings["steps"]:
+        overrides["max_steps"] = settings["steps"]
+    # as it was when the comparison began, whatever happens to the file meanwhile
+    config = folder / "config.yaml"
+    write(config, yaml.safe_dump({**settings["config"], **overrides}))
     own = [str(folder), str(settings["every"]), str(settings["held_out"]), run.method]
     command = [
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, "--module", __name__, *own,
-        "--config", config, *flags,
+        "--config", str(config),
     ]  # fmt: skip
-    log = folder / "log.txt"
+    log, trained_result = folder / "log.txt", folder / "trained.json"
+    trained_result.unlink(missing_ok=True)
     with log.open("w") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
-    trained_result = folder / "trained.json"
     if status or not trained_result.is_file():
         raise RuntimeError(f"it ended with status {status}: {_error(log.read_text())}")
     return {**json.loads(trained_result.read_text()), "seed": run.seed, "settings": settings}
 
 
 def _error(log: str) -> str:
-    """The last error that a process told of; the launcher's own, which follows it, says nothing."""
-    told = [error for error in _ERROR.findall(log) if not error.startswith("subprocess.")]
+    """The last error that a process told of; the launchers' own, which follow it, say nothing."""
+    told = [error for error in _ERROR.findall(log) if not error.startswith(("subprocess.", "torch.distributed."))]
     return told[-1] if told else log[-300:]
 
 
@@ -154,8 +192,7 @@ def main(argv: list[str]) -> None:
     trainer = build_trainer(script, args, model, evaluates=True, evaluation_rows=rows, callbacks=[measuring])
     measuring.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    output = Path(args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(Path(args.output_dir)))
     if trainer.is_world_process_zero():
         result = {
             "method": method,
@@ -166,6 +203,12 @@ def main(argv: list[str]) -> None:
         }
         write(folder / "trained.json", json.dumps(result))
     trainer.end()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest that was written to its end, of which the trainer's state is the last file."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
 
 
 if __name__ == "__main__":

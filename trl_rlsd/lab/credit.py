@@ -1,4 +1,5 @@
-"""What no user has: an oracle that knows the first wrong token, and a control that knows nothing."""
+"""What no user has: an oracle that knows the first wrong token, and a control that knows nothing. Even an oracle is a
+reference point, not a bound: blame alone did better than blame and praise in `tests/benchmarks/credit_search.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def oracle_credit(
     first_wrong: torch.Tensor,
     **knobs,
 ) -> torch.Tensor:
-    """The upper bound: praise for the tokens that decided, blame for the first wrong one.
+    """What perfect knowledge gives: praise for the tokens that decided, blame for the first wrong one.
 
         A_t = A * [(1 - lam) + lam * gate_t]    gate 1 at decisive tokens where A > 0, at the first wrong where A < 0
 

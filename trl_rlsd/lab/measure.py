@@ -55,7 +55,9 @@ class MeasureCallback(TrainerCallback):
         self.curve.append({"step": step, **measure(self.trainer)})
         vars(control).update(orders)  # an evaluation's own log takes back the order to log this step
         if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(point) + "\n" for point in self.curve))
+            staged = self.path.with_suffix(".part")  # whole, or as it was before
+            staged.write_text("".join(json.dumps(point) + "\n" for point in self.curve))
+            staged.replace(self.path)
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
@@ -74,15 +76,18 @@ def measure(trainer: RLSDTrainer) -> dict[str, float | None]:
     `contrast_reward_below`; `length` in tokens, `entropy` in nats and `leak` (citing phrases) of the sampled ones.
 
     Greedy decoding goes through transformers; with vLLM `greedy` is None. Training goes on as if nothing had been
-    measured: the random state is put back, and the model into train mode.
+    measured: torch's random state is put back (not that of vLLM, nor of Python within a reward), and the model into
+    train mode.
+
+    Raises: ValueError, where no reward could judge a completion.
     """
     try:
-        with _fixed_draws():
+        with _fixed_draws(trainer.accelerator.device):
             logged = _evaluated(trainer)
         values = {name: logged.get(key) for name, key in _LOGGED.items()}
         greedy = None
         if not trainer.args.use_vllm:
-            with _fixed_draws(), _greedy(trainer.generation_config):
+            with _fixed_draws(trainer.accelerator.device), _greedy(trainer.generation_config):
                 greedy = _evaluated(trainer)["eval_rlsd/right"]
     finally:
         # TRL's log() tells training from evaluation by the model's mode
@@ -92,12 +97,19 @@ def measure(trainer: RLSDTrainer) -> dict[str, float | None]:
 
 def _evaluated(trainer: RLSDTrainer) -> dict[str, float]:
     trainer.evaluate()
-    return trainer.state.log_history.pop()
+    logged = trainer.state.log_history.pop()
+    if "eval_rlsd/right" not in logged:
+        raise ValueError(
+            f"No reward ({', '.join(trainer.reward_func_names)}) could judge any held-out completion, so there is no "
+            "accuracy. Check that the test split has the columns that the rewards read."
+        )
+    return logged
 
 
 @contextmanager
-def _fixed_draws() -> Iterator[None]:
-    with torch.random.fork_rng():
+def _fixed_draws(device: torch.device) -> Iterator[None]:
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         torch.manual_seed(_SEED)
         yield
 

@@ -95,7 +95,7 @@ def summarise(runs: Sequence[Run], target: float, baseline: str | None) -> list[
       the bound is then ">=". Without any run that did there is no interval.
     - `ratio`: mean steps / the baseline's mean steps, over the `pairs` seeds that both have, resampled together. The
       bound is ">=" where a run of the method never reached the target, "<=" where one of the baseline's; where both,
-      or with a baseline of 0 steps, there is no ratio. Of the baseline itself it is 1.
+      or with a baseline of 0 steps, there is no ratio.
     - `sampled`, `greedy`, `length`, `entropy`, `leak`: mean over the last 3 measurements (the last third if there are
       fewer than 9; at least the last), then over seeds. `difference`: `sampled` minus the baseline's, over the pairs.
     - `peak_greedy`: maximum of the mean curve, so flattered by noise. `highest_leak`: of any measurement of any seed.

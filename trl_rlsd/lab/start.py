@@ -6,6 +6,7 @@ task -> corpus -> pre-training (minutes on 2 cores) -> a model folder in the Hug
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -26,7 +28,7 @@ from trl_rlsd.lab.task import CITE, FILLERS, MARKERS, OPERATORS, ChainTask
 
 PAD, END = "_", "$"
 # many small steps: after as many texts in batches of 48 it knows 0.41 of the easy facts, in batches of 12 0.93
-RECIPE = {"batch": 12, "learning_rate": 1e-3, "hidden_size": 128, "layers": 3, "heads": 4, "version": 1}
+RECIPE = {"batch": 12, "learning_rate": 1e-3, "hidden_size": 128, "layers": 3, "heads": 4}
 
 
 def start_model(task: ChainTask, steps: int = 4000) -> Path:
@@ -35,9 +37,7 @@ def start_model(task: ChainTask, steps: int = 4000) -> Path:
     Args:
         steps: of pre-training, 12 texts each.
     """
-    recipe = {"task": asdict(task), "steps": steps, **RECIPE}
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(HF_HOME) / "trl-rlsd" / f"lab-{key}"
+    folder = Path(HF_HOME) / "trl-rlsd" / f"lab-{start_key(task, steps)}"
     if (folder / "config.json").is_file():
         return folder
     print(f"Pre-training the start of the built-in task (once, {steps} steps) ...", flush=True)
@@ -46,12 +46,26 @@ def start_model(task: ChainTask, steps: int = 4000) -> Path:
     staged = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
-    (staged / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (staged / "recipe.json").write_text(json.dumps(_recipe(task, steps), indent=2) + "\n")
     try:
         staged.rename(folder)
     except OSError:  # another process was faster
         shutil.rmtree(staged)
     return folder
+
+
+def start_key(task: ChainTask, steps: int) -> str:
+    """Of the start that a task and its corpus, as the code writes it now, lead to."""
+    return hashlib.sha256(json.dumps(_recipe(task, steps), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _recipe(task: ChainTask, steps: int) -> dict[str, Any]:
+    return {"task": asdict(task), "steps": steps, "corpus": source_hash(ChainTask), **RECIPE}
+
+
+def source_hash(thing: Any) -> str:
+    """Of the source file that a class or function stands in."""
+    return hashlib.sha256(Path(inspect.getfile(thing)).read_bytes()).hexdigest()[:12]
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,6 +97,7 @@ def _pretrained(task: ChainTask, steps: int) -> tuple[LlamaForCausalLM, PreTrain
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch,
+            use_cpu=True,  # on several GPUs a batch would be several batches
             max_steps=steps,
             per_device_train_batch_size=RECIPE["batch"],
             learning_rate=RECIPE["learning_rate"],

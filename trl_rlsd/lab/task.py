@@ -39,7 +39,11 @@ _HARD_RIGHT, _HARD_WRONG = 0.25, 0.60
 _COPY_ERRORS = 0.06
 _RAMP = 0.5, 0.7
 _CITES_WITH_REFERENCE, _CITES_WITHOUT = 0.12, 0.006
+_CUT_SIDE = re.compile(rf"(\d([{re.escape(OPERATORS)}](\d{SIDE}?)?)?)?")
 _RESULT = re.compile(rf"([{MARKERS}])\d[{re.escape(OPERATORS)}]\d=(\d)")
+
+# what training problems are kept apart from, in the validation and in the test split
+MOST_HELD_OUT = 2048
 
 Problem = tuple[list[int], list[str]]
 
@@ -81,9 +85,9 @@ class ChainTask:
 
     @property
     def max_completion_length(self) -> int:
-        """Tokens of the longest completion that the corpus holds, its end included, and a few more."""
-        step = 6 + int(2 * self.mean_fillers) + 6 * self.side_computations
-        return self.chain_length * step + 3 + 4
+        """Tokens of the longest completion that the corpus holds, its end included, and one more."""
+        step = 6 + int(2 * self.mean_fillers) + 1 + 6 * self.side_computations
+        return self.chain_length * step + 3 + 1
 
     @cached_property
     def hard(self) -> dict[tuple[int, str, int], int]:
@@ -103,16 +107,20 @@ class ChainTask:
 
     def problems(self, count: int, split: str) -> Dataset:
         """Rows with `prompt`, `privileged_context` (the reference) and `answer`; those of the splits
-        "train", "validation" and "test" differ, as long as there are enough problems.
+        "train", "validation" and "test" differ.
 
-        Raises: ValueError, for another split.
+        Raises: ValueError, for another split, or more problems than can be kept apart.
         """
+        if split != "train" and count > MOST_HELD_OUT:
+            raise ValueError(
+                f"{count} problems of split={split!r} are too many; at most {MOST_HELD_OUT} are kept apart."
+            )
         splits = ("test", "validation", "train")
         if split not in splits:
             raise ValueError(f"split={split!r} is not one of {', '.join(map(repr, splits))}.")
         seen: set[str] = set()
         for name in splits[: splits.index(split)]:
-            seen |= set(self._rows(4096, name, set())["prompt"])
+            seen |= set(self._rows(2 * MOST_HELD_OUT, name, set())["prompt"])
         return Dataset.from_dict(self._rows(count, split, seen))
 
     def _rows(self, count: int, split: str, without: set[str]) -> dict[str, list[str]]:
@@ -260,11 +268,11 @@ def walk(prompt: str, completion: str, ended: bool = True) -> tuple[list[int], i
 
 
 def after_filler(text: str, at: int) -> int:
-    """The position behind the filler that begins at `at`."""
+    """The position behind the filler that begins at `at`, which may end with the text amid a side computation."""
     side = re.compile(rf"[{FILLERS}](\d[{re.escape(OPERATORS)}]\d{SIDE}\d)?")
     while found := side.match(text, at):
         at = found.end()
-    return at
+    return len(text) if text[at - 1] in FILLERS and _CUT_SIDE.fullmatch(text, at) else at
 
 
 def _first(wrong: int | None, at: int, completion: str, ended: bool) -> int | None:

@@ -66,7 +66,8 @@ class Localisation:
         blame = -credited.double()
         own = blame[first_wrong].unsqueeze(1)
         others = mask & ~first_wrong
-        beaten = ((own > blame) + 0.5 * (own == blame)).masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
+        beaten = ((own > blame) + 0.5 * (own == blame)).masked_fill(~others, 0.0).sum(1) / others.sum(1)
+        beaten = beaten.nan_to_num(0.5)  # a completion of one token
         positive = blame.clamp(min=0.0).masked_fill(~mask, 0.0)
         share = positive[first_wrong] / positive.sum(1).clamp(min=1e-12)
         uniform = 1.0 / mask.sum(1)
