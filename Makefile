@@ -40,4 +40,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart-output *.egg-info
+	rm -rf $(VENV) quickstart-output compare-output *.egg-info

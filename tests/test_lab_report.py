@@ -109,6 +109,7 @@ def test_the_same_runs_under_another_name_have_ratio_one_and_difference_zero():
     for one in summarise(runs, 0.5, "base"):
         assert (one.ratio.value, one.ratio.interval, one.ratio.bound) == (1, (1, 1), "")
         assert (one.difference.value, one.difference.interval) == (0, (0, 0))
+        assert one.greedy_difference is None, "greedy was not measured"
         assert one.seconds_ratio == 1
 
 
@@ -411,3 +412,11 @@ def test_bad_input_is_named_with_its_fix(runs, target, baseline, told):
 def test_a_crossing_is_not_sought_in_bad_input(values, target):
     with pytest.raises(ValueError):
         steps_to_target(curve(values), target)
+
+
+def test_greedy_differences_are_paired_too():
+    runs = [run("a", seed, [0.1 * seed] * 9, greedy=0.1 * seed) for seed in (1, 2, 3)]
+    runs += [run("b", seed, [0.1 * seed] * 9, greedy=0.1 * seed + 0.25) for seed in (1, 2, 3)]
+    _, b = summarise(runs, 0.9, "a")
+    assert b.greedy_difference.value == pytest.approx(0.25, abs=1e-9)
+    assert b.greedy_difference.interval == pytest.approx((0.25, 0.25), abs=1e-9)

@@ -73,49 +73,55 @@ def late(run: Run) -> float:
     return fmean(point["sampled"] for point in json.loads(run.result.read_text())["curve"][-3:])
 
 
+def search(methods: list[str], folder: Path, start: str, jobs: int | None) -> tuple[dict, dict[str, float]]:
+    """Late accuracy by method and rate on validation problems, and the best rate of each method."""
+    grid = validation_runs(methods, folder, RATES)
+    train_runs([run for runs in grid.values() for run in runs], start, jobs)
+    scores = {key: fmean(map(late, runs)) for key, runs in grid.items()}
+    chosen = {method: max(RATES, key=lambda rate: scores[method, rate]) for method in methods}
+    for method in methods:
+        print(f"{method:15}", *(f"{rate:g}: {scores[method, rate]:.3f}" for rate in RATES), f"-> {chosen[method]:g}")
+    return scores, chosen
+
+
+def test_runs(tested: dict[str, tuple[str, float]], folder: Path) -> list[Run]:
+    """`tested`: name -> method and rate."""
+    return [
+        Run(name, seed, {**_settings(method, rate, "test"), "method": name}, folder / "test" / name / f"seed-{seed}")
+        for seed in TEST_SEEDS
+        for name, (method, rate) in tested.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", default="credit-search-output")
     parser.add_argument("--methods", help="for the search [all]")
-    parser.add_argument("--rates", help="[1.5e-4,3e-4,6e-4]")
-    parser.add_argument(
-        "--test", help="methods for the test, with the rates that validation chose; grpo and oracle too"
-    )
+    parser.add_argument("--test", help="methods for the test: NAME, at the rate that was chosen, or NAME@RATE")
     parser.add_argument("--target", type=float, default=0.42)
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--json")
     options = parser.parse_args()
     folder = Path(options.folder)
     methods = options.methods.split(",") if options.methods else list(CANDIDATES)
-    rates = [float(rate) for rate in options.rates.split(",")] if options.rates else RATES
+    named = {name: name.partition("@")[::2] for name in (options.test or "").split(",") if name}
+    if named and ("grpo" not in named or not {method for method, _ in named.values()} <= set(methods)):
+        parser.error(f"--test {options.test} must have grpo, and no method that is not searched: {', '.join(methods)}")
     start = str(start_model(TASK, PRETRAINING_STEPS))
-    grid = validation_runs(methods, folder, rates)
-    train_runs([run for runs in grid.values() for run in runs], start, options.jobs)
-    scores = {key: fmean(map(late, runs)) for key, runs in grid.items()}
-    chosen = {method: max(rates, key=lambda rate: scores[method, rate]) for method in methods}
-    for method in methods:
-        print(f"{method:15}", *(f"{rate:g}: {scores[method, rate]:.3f}" for rate in rates), f"-> {chosen[method]:g}")
-    if not options.test:
+    scores, chosen = search(methods, folder, start, options.jobs)
+    if not named:
         return
-    tested = options.test.split(",")
-    if "grpo" not in tested or not set(tested) <= set(methods):
-        parser.error(
-            f"--test {options.test} must have grpo, and no method that was not searched: {', '.join(methods)}"
-        )
-    runs = [
-        Run(method, seed, _settings(method, chosen[method], "test"), folder / "test" / method / f"seed-{seed}")
-        for seed in TEST_SEEDS
-        for method in tested
-    ]
+    tested = {name: (method, float(rate) if rate else chosen[method]) for name, (method, rate) in named.items()}
+    runs = test_runs(tested, folder)
     train_runs(runs, start, options.jobs)
     print(report(runs, str(folder), options.target, "grpo", "Held-out problems, 4 of 93 tokens decide"))
     if options.json:
         result = {
             "task": vars(TASK) | {"hard": len(TASK.hard)},
-            "configurations_on_validation": len(grid),
+            "configurations_on_validation": len(scores),
             "configurations_on_test": len(tested),
             "validation": [{"method": m, "rate": r, "late": score} for (m, r), score in scores.items()],
-            "rates": chosen,
+            "rates": {name: rate for name, (_, rate) in tested.items()},
             "test": json.loads((folder / "comparison.json").read_text()),
         }
         write(Path(options.json), json.dumps(result, indent=1) + "\n")
