@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -97,14 +98,17 @@ def train_runs(runs: Sequence[Run], start: str, jobs: int | None = None) -> None
     pending = unfinished(runs)
     jobs = jobs or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # a fresh interpreter: threads of a trained parent do not survive a fork
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    spawn, deaf = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(jobs, spawn, initializer=signal.signal, initargs=deaf) as pool:
         for run in pending:
             begin(run)
         tasks = {pool.submit(run_builtin, run.settings, start, run.seed, str(run.folder)): run for run in pending}
         try:
             finish(((tasks[task], task.result) for task in as_completed(tasks)), len(runs), len(runs) - len(pending))
-        except BaseException:  # leaving the pool would wait for all runs that have not begun
+        except KeyboardInterrupt:  # leaving the pool would wait for all runs, begun or not
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
