@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
-import shutil
 import sys
 import time
 import warnings
@@ -29,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset
+from trl_rlsd.files import make_folder
 from trl_rlsd.rewards.reasoning_gym import reasoning_gym_reward, score
 from trl_rlsd.trainer import RLSDTrainer
 
@@ -140,14 +139,12 @@ def bundled_model() -> Path:
     plain = AutoModelForCausalLM.from_config(type(quantized.config)(**config), dtype=torch.float32)
     plain.load_state_dict(quantized.state_dict())
     plain.generation_config = quantized.generation_config
-    # whole or not at all: an interrupted unpacking must not look like a model
-    staged = folder.with_name(f"{folder.name}.{os.getpid()}")
-    plain.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    try:
-        staged.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(staged)
+
+    def fill(staged: Path) -> None:
+        plain.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+
+    make_folder(folder, fill)  # an interrupted unpacking must not look like a model
     return folder
 
 

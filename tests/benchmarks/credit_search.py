@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
+from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import builtin_settings
-from trl_rlsd.lab.compare import Run, report, train_runs, write
+from trl_rlsd.lab.compare import Run, report, train_runs
 from trl_rlsd.lab.start import start_model
 from trl_rlsd.lab.task import ChainTask
 
@@ -124,7 +125,7 @@ def main() -> None:
             "rates": {name: rate for name, (_, rate) in tested.items()},
             "test": json.loads((folder / "comparison.json").read_text()),
         }
-        write(Path(options.json), json.dumps(result, indent=1) + "\n")
+        write_whole(Path(options.json), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import DEFAULT_METHODS, builtin_settings, run_builtin
 from trl_rlsd.lab.report import draw, summarise, table
 from trl_rlsd.lab.start import start_model
@@ -136,7 +137,7 @@ def unfinished(runs: Iterable[Run]) -> list[Run]:
 
 def begin(run: Run) -> None:
     """Say in the run's folder what it is, before there is a checkpoint or a result."""
-    write(run.folder / SETTINGS, json.dumps(run.settings, indent=1))
+    write_whole(run.folder / SETTINGS, json.dumps(run.settings, indent=1))
 
 
 def _difference(known: Any, wanted: Any, name: str = "") -> str:
@@ -161,7 +162,7 @@ def finish(results: Iterable[tuple[Run, Callable[[], dict]]], total: int, done: 
                 f"{run.method} seed {run.seed}: {type(error).__name__}: {error} (see {run.folder / 'log.txt'})"
             )
             continue
-        write(run.result, json.dumps(value))
+        write_whole(run.result, json.dumps(value))
         done += 1
         first, last = value["curve"][0]["sampled"], value["curve"][-1]["sampled"]
         minutes = (time.perf_counter() - began) / 60
@@ -172,21 +173,13 @@ def finish(results: Iterable[tuple[Run, Callable[[], dict]]], total: int, done: 
         raise RuntimeError("\n".join([f"{len(failed)} of {total} runs failed; the others are kept.", *failed]))
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    staged = path.with_name(f"{path.name}.{os.getpid()}")
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    staged.write_text(text)
-    staged.replace(path)
-
-
 def report(runs: Sequence[Run], output_dir: str, target: float, baseline: str | None, title: str = "") -> str:
     """Table, picture and numbers of finished runs."""
     folder = Path(output_dir)
     results = [json.loads(run.result.read_text()) for run in runs]
     summaries = summarise(results, target, baseline)
     text = table(summaries, target, baseline)
-    write(folder / "comparison.md", text + "\n")
-    write(folder / "comparison.json", json.dumps([asdict(summary) for summary in summaries], indent=1) + "\n")
+    write_whole(folder / "comparison.md", text + "\n")
+    write_whole(folder / "comparison.json", json.dumps([asdict(summary) for summary in summaries], indent=1) + "\n")
     draw(results, summaries, target, folder / "comparison.png", title or "Held-out problems")
     return text

@@ -23,8 +23,9 @@ from trl import ModelConfig
 
 from trl_rlsd import __version__
 from trl_rlsd.config import RLSDConfig
+from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import trained
-from trl_rlsd.lab.compare import Run, begin, check_options, finish, report, unfinished, write
+from trl_rlsd.lab.compare import Run, begin, check_options, finish, report, unfinished
 from trl_rlsd.lab.measure import MeasureCallback
 from trl_rlsd.train import RLSDScriptArguments, build_trainer, launcher_arguments, make_parser
 
@@ -161,7 +162,7 @@ def _launched(run: Run, launcher: Sequence[str]) -> dict[str, Any]:
         overrides["max_steps"] = settings["steps"]
     # as it was when the comparison began, whatever happens to the file meanwhile
     config = folder / "config.yaml"
-    write(config, yaml.safe_dump({**settings["config"], **overrides}))
+    write_whole(config, yaml.safe_dump({**settings["config"], **overrides}))
     own = [str(folder), str(settings["every"]), str(settings["held_out"]), run.method]
     command = [
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, "--module", __name__, *own,
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> None:
             "localisation": None,
             **trained(trainer.state.log_history),
         }
-        write(folder / "trained.json", json.dumps(result))
+        write_whole(folder / "trained.json", json.dumps(result))
     trainer.end()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from trl_rlsd.files import write_whole
 from trl_rlsd.trainer import RLSDTrainer
 
 
@@ -55,9 +56,7 @@ class MeasureCallback(TrainerCallback):
         self.curve.append({"step": step, **measure(self.trainer)})
         vars(control).update(orders)  # an evaluation's own log takes back the order to log this step
         if state.is_world_process_zero:
-            staged = self.path.with_suffix(".part")  # whole, or as it was before
-            staged.write_text("".join(json.dumps(point) + "\n" for point in self.curve))
-            staged.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(point) + "\n" for point in self.curve))
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

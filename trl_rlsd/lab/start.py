@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from trl_rlsd.files import make_folder
 from trl_rlsd.lab.task import CITE, FILLERS, MARKERS, OPERATORS, ChainTask
 
 
@@ -42,15 +41,13 @@ def start_model(task: ChainTask, steps: int = 4000) -> Path:
         return folder
     print(f"Pre-training the start of the built-in task (once, {steps} steps) ...", flush=True)
     model, tokenizer = _pretrained(task, steps)
-    # whole or not at all: an interrupted writing must not look like a model
-    staged = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    (staged / "recipe.json").write_text(json.dumps(_recipe(task, steps), indent=2) + "\n")
-    try:
-        staged.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(staged)
+
+    def fill(staged: Path) -> None:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        (staged / "recipe.json").write_text(json.dumps(_recipe(task, steps), indent=2) + "\n")
+
+    make_folder(folder, fill)  # an interrupted writing must not look like a model
     return folder
 
 
