@@ -46,3 +46,9 @@ def gate_toward(advantages, student_logps, teacher_logps, mask, *, lam, **knobs)
 def gate_drop(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
     evidence = gain(student_logps, teacher_logps, mask)
     return gated(advantages, by_sign(advantages, size(evidence), first_drop(evidence, mask)), lam)
+
+
+@register_credit("damped_blame", teacher_rows="none", keeps_sign=True, uses_lambda=True)
+def damped_blame(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    """A control: less blame, on whichever token."""
+    return (advantages.unsqueeze(1) * (1.0 - lam)).expand_as(student_logps)

@@ -56,6 +56,8 @@ class ChainTask:
         filler_share: share of filler letters among the tokens of the chain, in [0, 0.9].
         side_computations: for each step of the chain, behind its last one and before the answer, which they do not
             touch.
+        hard_side_share: share of the side computations that are drawn from the hard facts alone, in [0, 1]; the others
+            are drawn from all. The more uncertain tokens a reward does not depend on, the more credit matters.
         base_accuracy: about what the start reaches when sampled, in (0, 1); the share of hard facts follows from it.
         seed: of the facts that are hard, and of the problems.
 
@@ -65,6 +67,7 @@ class ChainTask:
     chain_length: int = 4
     filler_share: float = 0.15
     side_computations: int = 0
+    hard_side_share: float = 0.0
     base_accuracy: float = 0.33
     seed: int = 0
 
@@ -73,6 +76,7 @@ class ChainTask:
             ("chain_length", 2, len(MARKERS)),
             ("filler_share", 0.0, 0.9),
             ("side_computations", 0, 16),
+            ("hard_side_share", 0.0, 1.0),
             ("base_accuracy", 0.05, 0.95),
         ):
             if not low <= getattr(self, name) <= high:
@@ -184,7 +188,10 @@ class ChainTask:
     def side(self, rng: random.Random, count: int) -> str:
         text = ""
         for _ in range(count):
-            fact = rng.randrange(10), rng.choice(OPERATORS), rng.randrange(10)
+            if self.hard_side_share and rng.random() < self.hard_side_share:
+                fact = rng.choice(list(self.hard))
+            else:
+                fact = rng.randrange(10), rng.choice(OPERATORS), rng.randrange(10)
             text += f"{rng.choice(FILLERS)}{fact[0]}{fact[1]}{fact[2]}{SIDE}{self._recalled(fact, rng)}"
         return text
 

@@ -13,6 +13,7 @@ from trl_rlsd.dotted import find
 
 # TRL's own are used as they are; nothing of theirs is written again.
 REWARDS = {
+    "math_reward": "trl_rlsd.rewards.math.math_reward",
     "reasoning_gym_reward": "trl_rlsd.rewards.reasoning_gym.reasoning_gym_reward",
     "accuracy_reward": "trl.rewards.accuracy_reward",
     "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",

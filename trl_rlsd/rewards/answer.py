@@ -7,8 +7,9 @@ import re
 
 # where an answer begins to be stated
 STATEMENT = re.compile(r"\\boxed\{|<answer>|####|\banswer\**\s*(?:is\b|:)", re.IGNORECASE)
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_STATED = re.compile(r"(?:####|\banswer\**\s*(?:is\b\s*:?|:))\s*\**\s*(.+)", re.IGNORECASE)
+# linear in the text, whatever a model writes: nothing is tried twice (`*+`)
+_STATED = re.compile(r"(?:####|\banswer\**+\s*+(?:is\b\s*+:?|:))\s*+\**+\s*+(.+)", re.IGNORECASE)
+_BRACES = re.compile(r"\\boxed\{|[{}]")
 
 
 def final_answer(text: str) -> str | None:
@@ -17,15 +18,22 @@ def final_answer(text: str) -> str | None:
     In this order, the last of each kind: `\\boxed{...}`, `<answer>...</answer>`, the rest of a line after `####`,
     "answer is" or "answer:". Only what follows a thinking block is read; a block that was never closed has no answer.
     """
-    before, closed, after = text.rpartition("</think>")
-    if not closed and "<think>" in text:
+    text = after_thinking(text)
+    if text is None:
         return None
-    text = after if closed else text
-    for answers in (boxed(text), _TAGGED.findall(text), _STATED.findall(text)):
+    for answers in (last_boxed(text), _tagged(text), _STATED.findall(text)):
         stripped = [answer.strip().rstrip(".*").strip() for answer in answers]
         if stripped and stripped[-1]:
             return stripped[-1]
     return None
+
+
+def after_thinking(text: str) -> str | None:
+    """What follows the last thinking block; the whole text where there is none, None where one was never closed."""
+    _, closed, after = text.rpartition("</think>")
+    if "<think>" in (after if closed else text):
+        return None
+    return after if closed else text
 
 
 def squeeze(text: str) -> str:
@@ -33,15 +41,18 @@ def squeeze(text: str) -> str:
     return "".join(text.split()).casefold()
 
 
-def boxed(text: str) -> list[str]:
-    """The contents of every closed `\\boxed{...}`, with balanced braces."""
-    found, start = [], text.find("\\boxed{")
-    while start != -1:
-        depth, position = 1, start + len("\\boxed{")
-        while position < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            position += 1
-        if depth == 0:
-            found.append(text[start + len("\\boxed{") : position - 1])
-        start = text.find("\\boxed{", start + 1)
-    return found
+def last_boxed(text: str) -> list[str]:
+    """The content of the closed `\\boxed{...}` that begins last, with balanced braces; empty where there is none."""
+    last, opened = None, []
+    for brace in _BRACES.finditer(text):
+        if brace.group() != "}":
+            opened.append(brace)
+        elif opened and (start := opened.pop()).group() != "{" and (last is None or start.end() > last[0]):
+            last = start.end(), brace.start()
+    return [] if last is None else [text[slice(*last)]]
+
+
+def _tagged(text: str) -> list[str]:
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, answer = before.rpartition("<answer>")
+    return [answer] if closed and opened else []

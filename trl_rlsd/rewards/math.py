@@ -1,0 +1,102 @@
+"""Reward of mathematical answers, by math-verify (https://github.com/huggingface/Math-Verify)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from trl_rlsd.rewards.answer import after_thinking, final_answer, squeeze
+from trl_rlsd.rewards.grading import CannotGrade, Reward
+from trl_rlsd.rewards.pool import run_all
+
+
+# an answer stands at the end; math-verify's patterns are slow on a megabyte
+_READ = 4000
+# computer algebra takes letters for factors: `east` would equal `seat`
+_WORDS = re.compile(r"[A-Za-z]{2,}(\s+[A-Za-z]+)*")
+# between the digits of a number; math-verify would read 12\,345 as a sum
+_THIN_SPACE = re.compile(r"\\[,!]")
+
+
+@dataclass(frozen=True)
+class MathReward(Reward):
+    """1 where a completion's final answer equals the reference mathematically, else 0.
+
+    Numbers, fractions, percentages, sets, intervals, tuples, equations and units, in LaTeX or plain text; of several
+    answers the last one in a box counts, without a box the last one. Only what follows a thinking block is read.
+
+    Args:
+        column: of the reference: an answer, or a solution that ends with one (in a box, or behind `####`).
+        timeout: seconds to judge one completion; a completion that takes longer has no reward.
+        exact_fallback: where math-verify cannot read the reference, compare texts without spaces and case. Without
+            it, such a row has no reward.
+        workers: processes to judge in. [the cores]
+    """
+
+    column: str = "answer"
+    timeout: float = 5.0
+    exact_fallback: bool = False
+    workers: int | None = None
+
+    kind: ClassVar[str] = "math"
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def grade_all(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float | Exception]:
+        calls = [
+            (text[-10 * _READ :], str(row[self.column]), self.exact_fallback)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+        return run_all(grade, calls, timeout=self.timeout, workers=self.workers)
+
+
+def grade(text: str, reference: str, exact_fallback: bool = False) -> float:
+    """See [`MathReward`]. Can hang: some expressions are too large to evaluate.
+
+    Raises: CannotGrade, where the reference has no expression.
+    """
+    from math_verify import verify
+
+    text = after_thinking(text)
+    if text is None:
+        return 0.0
+    right = final_answer(reference) or reference
+    gold = [] if _WORDS.fullmatch(right.strip()) else _expressions(right)
+    stated = final_answer(text)
+    if gold:
+        # limits of time are the caller's: math-verify's own work in a main thread only
+        found = _expressions(stated) if stated else _parse(text[-_READ:])
+        return float(verify(gold, found, timeout_seconds=None))
+    if not exact_fallback:
+        raise CannotGrade(f"math-verify finds no expression in the reference {reference[:80]!r}")
+    return float(squeeze(stated or text) == squeeze(right))
+
+
+def _expressions(answer: str) -> list:
+    """Of a text that is an answer and nothing else. In a box it is LaTeX to math-verify: of a bare `3\\sqrt{2}` or
+    `[0, 1)` it would take one number."""
+    answer = _THIN_SPACE.sub("", answer[:_READ]).strip().strip("$").strip()
+    return _parse(f"\\boxed{{{answer}}}") or _parse(answer)
+
+
+@cache
+def _quiet() -> None:
+    """math-verify warns at every call without a time limit of its own."""
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _parse(text: str) -> list:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    _quiet()
+    configs = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return parse(text, extraction_config=configs, parsing_timeout=None)
+
+
+math_reward = MathReward()

@@ -1,0 +1,79 @@
+"""Processes that a grader may hang, exhaust or crash: each call has a time limit, and its process a memory limit.
+
+Graders of what a model wrote cannot be trusted to end: computer algebra on `10**10**10` does not, and a signal reaches
+the main thread alone. So they run in processes that are killed and replaced. loky starts them without importing the
+user's script again, which need not have a `__main__` guard then; pebble keeps the time of each call.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import resource
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import cache
+from typing import Any
+
+
+# of address space, not of use: an interpreter with sympy maps 0.3 GiB
+MEMORY_LIMIT = 4 * 2**30
+_starting = threading.Lock()
+
+
+def run_all(
+    function: Callable[..., Any], calls: Sequence[tuple], *, timeout: float, workers: int | None = None
+) -> list[Any | Exception]:
+    """`function(*call)` of every call, in order; where it raised, its process died or its time was up, the exception.
+
+    Args:
+        function: of a module's top level; it and its arguments travel by pickle.
+        timeout: seconds of one call, counted from when a process takes it.
+        workers: processes; they are kept for the next time. [the cores, shared with the other ranks of this machine]
+
+    Raises: ImportError, naming what to install.
+    """
+    with _starting:  # two threads must not make two pools
+        pool = _pool(os.getpid(), workers or _cores())
+    futures = [pool.schedule(function, args=call, timeout=timeout) for call in calls]
+    results: list[Any | Exception] = []
+    for future in futures:
+        try:
+            results.append(future.result())
+        except FutureTimeout:
+            results.append(TimeoutError(f"no result within {timeout:g} s"))
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+@cache
+def _pool(process: int, workers: int):
+    """Of this process: a fork has none of its parent's threads."""
+    try:
+        from loky.backend import get_context
+        from pebble import ProcessPool
+    except ImportError as error:
+        raise ImportError(
+            f"{error.name} is not installed, and this reward grades in processes: pip install 'trl-rlsd[rewards]'"
+        ) from error
+    pool = ProcessPool(max_workers=workers, initializer=_limit, context=get_context("loky"))
+    atexit.register(_close, process, pool)
+    return pool
+
+
+def _close(process: int, pool) -> None:
+    if os.getpid() == process:
+        pool.stop()
+        pool.join()
+
+
+def _cores() -> int:
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(len(os.sched_getaffinity(0)) // ranks, 8))
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
