@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_the_corpus_keeps_to_the_form_and_within_the_length():
             assert at is None or text[at].isdigit() or text[at] == CITE
 
 
+def test_side_computations_can_be_drawn_from_the_hard_facts_alone():
+    rng, facts = random.Random(0), {}
+    for share in (0.0, 1.0):
+        task = ChainTask(side_computations=2, hard_side_share=share)
+        written = re.findall(r"[a-z](\d)([-+*])(\d)>", task.side(rng, 500))
+        facts[share] = [(int(a), op, int(b)) in task.hard for a, op, b in written]
+    assert len(facts[1.0]) == 500
+    assert all(facts[1.0])
+    assert 0.1 < sum(facts[0.0]) / 500 < 0.6
+
+
 def test_a_curriculum_leads_to_the_tasks_own_side_computations():
     task = ChainTask(side_computations=4)
     early = [task.write(random.Random(seed), progress=0.0)[1] for seed in range(50)]
@@ -154,7 +166,14 @@ def test_texts_survive_the_tokenizer_and_the_loss_is_on_completions():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("chain_length", 9), ("filler_share", 1.0), ("side_computations", -1), ("base_accuracy", 0.0)]
+    "field, value",
+    [
+        ("chain_length", 9),
+        ("filler_share", 1.0),
+        ("side_computations", -1),
+        ("hard_side_share", 1.5),
+        ("base_accuracy", 0.0),
+    ],
 )
 def test_a_tasks_ranges_are_told(field, value):
     with pytest.raises(ValueError, match=f"{field}={value!r} is out of range"):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import trainer
 
 from trl_rlsd.rewards import REWARDS, get_reward
 
@@ -104,3 +105,24 @@ def test_rewards_are_found_by_name_and_path():
     for name in ("nonesuch", "json.nonesuch", "no_such_module.f"):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             get_reward(name)
+
+
+def test_a_rewards_needs_are_asked_before_anything_is_generated(tmp_path):
+    class Needs:
+        __name__ = "needs"
+        required_columns = ("tests",)
+
+        def __call__(self, **columns):
+            raise AssertionError("nothing may be generated")
+
+    with pytest.raises(ValueError, match=r"needs needs the column 'tests'.*'prompt', 'privileged_context'"):
+        trainer(tmp_path, reward=Needs())
+
+    class Broken(Needs):
+        required_columns = ()
+
+        def check(self):
+            raise RuntimeError("no sandbox here")
+
+    with pytest.raises(RuntimeError, match="no sandbox here"):
+        trainer(tmp_path, reward=[Broken()])

@@ -62,6 +62,23 @@ def check_column(dataset: Any, column: str, field: str = "privileged_column") ->
         )
 
 
+def check_rewards(reward_funcs: Any, dataset: Any) -> None:
+    """Rewards that say what they need (`required_columns`, `check()`) are asked before anything is generated.
+
+    Raises: ValueError where the dataset lacks a column, and what a reward's own check raises.
+    """
+    columns = getattr(dataset, "column_names", None)
+    for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
+        missing = [name for name in getattr(reward, "required_columns", ()) if columns and name not in columns]
+        if missing:
+            raise ValueError(
+                f"{reward.__name__} needs the column {missing[0]!r}, which train_dataset does not have; its columns "
+                f"are {', '.join(map(repr, columns))}. Rename one of them, or name it in the reward's options."
+            )
+        if callable(check := getattr(reward, "check", None)):
+            check()
+
+
 def check_processing(processing_class: Any, is_vlm: bool, has_template: bool, conversational: bool) -> None:
     """What turns rows into prompts must be able to do so for the teacher too.
 

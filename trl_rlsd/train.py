@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -48,9 +49,26 @@ class RLSDScriptArguments(ScriptArguments):
             "'my_package.rewards.my_reward'."
         },
     )
+    reward_options: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of rewards by their names, such as {math_reward: {timeout: 10}}; on the command line as "
+            "JSON."
+        },
+    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The model of teacher_model_kind='external'."}
     )
+
+    def __post_init__(self):
+        if isinstance(self.reward_options, str):
+            try:
+                self.reward_options = json.loads(self.reward_options)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"reward_options={self.reward_options!r} is not JSON ({error}); give, for example, "
+                    '\'{"math_reward": {"timeout": 10}}\'.'
+                ) from error
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
@@ -135,7 +153,10 @@ def build_trainer(
         raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
     if not script.reward_funcs:
         raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
-    rewards = [get_reward(name) for name in script.reward_funcs]
+    options = script.reward_options or {}
+    if unused := [name for name in options if name not in script.reward_funcs]:
+        raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
+    rewards = [get_reward(name, options.get(name)) for name in script.reward_funcs]
     splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
     train_dataset = _split(splits, script.dataset_train_split, "dataset_train_split")
     eval_dataset = _split(splits, script.dataset_test_split, "dataset_test_split") if evaluates else None

@@ -36,20 +36,8 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
-from trl_rlsd import losses
+from trl_rlsd import checks, losses
 from trl_rlsd.alarms import AlarmCallback
-from trl_rlsd.checks import (
-    check_column,
-    check_copies,
-    check_head,
-    check_processing,
-    check_teacher_model,
-    dropout_warning,
-    position_limit,
-    position_warning,
-    sampler_warning,
-    warn,
-)
 from trl_rlsd.collator import PrivilegedPromptCollator, text_of
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
@@ -148,12 +136,13 @@ class RLSDTrainer(GRPOTrainer):
             needs_context=args.teacher_model_kind != "external" or self._credit.credit.contrast,
         )
         self._teacher_is_used, contrast = self._credit.uses_teacher, self._credit.credit.contrast
-        check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
+        checks.check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
         if self._teacher_is_used and self._collator.reads_context:
-            check_column(train_dataset, args.privileged_column)
+            checks.check_column(train_dataset, args.privileged_column)
         self._wrong_column = args.contrast_column if contrast else None
         if self._wrong_column is not None:
-            check_column(train_dataset, args.contrast_column, "contrast_column")
+            checks.check_column(train_dataset, args.contrast_column, "contrast_column")
+        checks.check_rewards(reward_funcs, train_dataset)
 
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
@@ -175,7 +164,9 @@ class RLSDTrainer(GRPOTrainer):
             lambda prompts: self._tokenize_prompts(prompts)[0],
             self._tokenizer,
             self.max_completion_length,
-            position_limit(self.model, self.teacher.model if args.teacher_model_kind == "external" else self.model),
+            checks.position_limit(
+                self.model, self.teacher.model if args.teacher_model_kind == "external" else self.model
+            ),
         )
 
     # ------------------------------------------------------------------ checks, before anything is generated
@@ -183,9 +174,11 @@ class RLSDTrainer(GRPOTrainer):
     def _check_setup(self) -> None:
         row = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) else {}
         has_template = bool(self.chat_template or self._tokenizer.chat_template)
-        check_processing(self.processing_class, self._is_vlm, has_template, is_conversational(row))
+        checks.check_processing(self.processing_class, self._is_vlm, has_template, is_conversational(row))
         model_type = self.model.config.get_text_config().model_type
-        warn(dropout_warning(self.model), sampler_warning(self.args), position_warning(model_type))
+        checks.warn(
+            checks.dropout_warning(self.model), checks.sampler_warning(self.args), checks.position_warning(model_type)
+        )
 
     def _sharded(self) -> bool:
         zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -213,13 +206,15 @@ class RLSDTrainer(GRPOTrainer):
             offload=args.teacher_offload,
             external=teacher_model,
         )
-        warn(check_copies(args.teacher_model_kind, teacher.copies, self._sharded(), args.teacher_offload))
+        checks.warn(
+            checks.check_copies(args.teacher_model_kind, teacher.copies, self._sharded(), args.teacher_offload)
+        )
         return teacher
 
     def _prepare_liger_loss(self) -> None:
         student = self.accelerator.unwrap_model(self.model)
         student = student.get_base_model() if is_peft_model(student) else student
-        check_head(student.get_output_embeddings(), self.aux_loss_enabled)
+        checks.check_head(student.get_output_embeddings(), self.aux_loss_enabled)
         losses.add_fused_loss(student, maybe_gather_lm_head_ctx)
 
     def _build_teacher_pass(self) -> TeacherPass:

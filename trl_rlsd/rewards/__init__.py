@@ -6,7 +6,11 @@ could not judge, which is not the same as a wrong answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from inspect import signature
+from typing import Any
 
 from trl_rlsd.dotted import find
 
@@ -21,11 +25,11 @@ REWARDS = {
 }
 
 
-def get_reward(name: str) -> Callable[..., list[float | None]]:
-    """The reward function of a registered name or a dotted path.
+def get_reward(name: str, options: Mapping[str, Any] | None = None) -> Callable[..., list[float | None]]:
+    """The reward function of a registered name or a dotted path, with options of its own.
 
     Raises:
-        ValueError: there is no such function; the message lists the names.
+        ValueError: there is no such function or option; the message lists those that there are.
     """
     path = REWARDS.get(name, name)
     try:
@@ -39,4 +43,13 @@ def get_reward(name: str) -> Callable[..., list[float | None]]:
             f"{name!r} is neither a registered reward ({', '.join(REWARDS)}) nor the dotted path of a function, such "
             "as 'my_package.rewards.my_reward'."
         )
-    return reward
+    if not options:
+        return reward
+    known = (
+        [field.name for field in fields(reward)]
+        if is_dataclass(reward)
+        else [p.name for p in signature(reward).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    )
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"{name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    return replace(reward, **options) if is_dataclass(reward) else partial(reward, **options)

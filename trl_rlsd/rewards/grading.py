@@ -1,7 +1,7 @@
 """What every reward does alike: columns and completions in TRL's form -> one grade for each completion, in order.
 
-A grade is a number; None says that there was nothing to compare with, or that the grader itself failed. The two differ:
-failures are logged and counted. A wrong, empty or harmful answer is neither: it is a wrong answer, 0.
+A grade is a number; None says that there was nothing to compare with, or that the grader itself failed. The two
+differ: failures are logged and counted. A wrong, empty or harmful answer is neither: it is a wrong answer, 0.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 
@@ -30,6 +31,7 @@ class Reward(ABC):
     """
 
     kind: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
 
     @property
     def __name__(self) -> str:  # what TRL logs it as
@@ -40,6 +42,13 @@ class Reward(ABC):
     def required_columns(self) -> tuple[str, ...]:
         """The dataset's columns without which there is nothing to compare with; a row with None in the first of them
         is left to other rewards."""
+
+    def check(self) -> None:
+        """Asked before anything is generated. Raises: ImportError, naming what to install."""
+        if missing := [name for name in self.packages if find_spec(name) is None]:
+            raise ImportError(
+                f"{self.__name__} needs {', '.join(missing)}, which is not installed: pip install 'trl-rlsd[rewards]'"
+            )
 
     @abstractmethod
     def grade_all(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float | Exception]:

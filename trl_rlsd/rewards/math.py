@@ -42,6 +42,7 @@ class MathReward(Reward):
     workers: int | None = None
 
     kind: ClassVar[str] = "math"
+    packages: ClassVar[tuple[str, ...]] = ("math_verify", "pebble", "loky")
 
     @property
     def required_columns(self) -> tuple[str, ...]:

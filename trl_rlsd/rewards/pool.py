@@ -31,8 +31,6 @@ def run_all(
         function: of a module's top level; it and its arguments travel by pickle.
         timeout: seconds of one call, counted from when a process takes it.
         workers: processes; they are kept for the next time. [the cores, shared with the other ranks of this machine]
-
-    Raises: ImportError, naming what to install.
     """
     with _starting:  # two threads must not make two pools
         pool = _pool(os.getpid(), workers or _cores())
@@ -51,13 +49,9 @@ def run_all(
 @cache
 def _pool(process: int, workers: int):
     """Of this process: a fork has none of its parent's threads."""
-    try:
-        from loky.backend import get_context
-        from pebble import ProcessPool
-    except ImportError as error:
-        raise ImportError(
-            f"{error.name} is not installed, and this reward grades in processes: pip install 'trl-rlsd[rewards]'"
-        ) from error
+    from loky.backend import get_context
+    from pebble import ProcessPool
+
     pool = ProcessPool(max_workers=workers, initializer=_limit, context=get_context("loky"))
     atexit.register(_close, process, pool)
     return pool
