@@ -1,6 +1,8 @@
 """Rewards and data of the quickstart, against reasoning-gym itself."""
 
+import inspect
 import json
+import re
 
 import pytest
 from conftest import trainer
@@ -11,7 +13,7 @@ from trl_rlsd.rewards import REWARDS, get_reward
 pytest.importorskip("reasoning_gym")
 
 from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset
-from trl_rlsd.rewards.reasoning_gym import extract_answer, reasoning_gym_reward
+from trl_rlsd.rewards.reasoning_gym import EVALUATED, extract_answer, is_harmless, reasoning_gym_reward, score
 
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -57,7 +59,59 @@ def test_a_scorer_that_fails_is_not_a_wrong_answer(caplog):
     )
     assert rewards == [1.0, None]
     assert counted == {"reasoning_gym_failures": 1}
-    assert "scorer failed" in caplog.text
+    assert "reasoning_gym_reward failed on 1 of 2" in caplog.text
+
+
+def test_the_scorers_that_evaluate_what_a_model_wrote_are_known():
+    """What an upgrade of reasoning-gym may add."""
+    import reasoning_gym.factory as factory
+
+    evaluating = set()
+    for name, (dataset, _) in factory.DATASETS.items():
+        source = inspect.getsource(inspect.getmodule(dataset)) if name != "composite" else ""
+        scorer = inspect.getsource(dataset.score_answer)
+        helpers = re.findall(r"self\.(\w+)\(", scorer)
+        parts = [scorer, *(inspect.getsource(getattr(dataset, h)) for h in helpers if hasattr(dataset, h))]
+        if any(
+            re.search(r"\b(eval|exec|sympify)\((?!entry)|(?<!def )\b(sympy|sp)\.parse_expr\(", part) for part in parts
+        ) or ("sympy_parser import parse_expr" in source and any("parse_expr(" in part for part in parts)):
+            evaluating.add(name)
+    assert evaluating == EVALUATED
+
+
+@pytest.mark.parametrize(
+    "answer, harmless",
+    [
+        ("2*(3+4)", True),
+        ("x**2/2 + exp(x) - C", True),
+        ("-sqrt(2)*x^2", True),
+        ("[[0, 1], [1, 0]]", True),
+        ("['A', 'B']", True),
+        ("0 1\n1 0", True),
+        ("_ Q _ _\n_ _ _ Q", True),
+        ("open('x', 'w')", False),
+        ("__import__('os').system('true')", False),
+        ("x.__class__", False),
+        ("[c for c in ()]", False),
+        ("x + '__import__(\"os\")'", False),
+        ("(lambda: 1)()", False),
+        ("exit()\n1", False),
+        ("exec ('1') 2", False),
+        ("(" * 10**5, False),
+    ],
+)
+def test_only_arithmetic_reaches_a_scorer_that_evaluates(answer, harmless):
+    assert is_harmless(answer) is harmless
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATED))
+def test_a_scorer_that_evaluates_sees_right_answers_and_no_program(name, tmp_path):
+    entry = json.loads(reasoning_gym_dataset(name, 1, seed=1)[0]["reasoning_gym"])
+    right = entry["answer"] or entry["metadata"].get("expression") or entry["metadata"]["valid_answers"][0]
+    assert score(f"<answer>{right}</answer>", entry) == 1.0
+    touched = tmp_path / "touched"
+    assert score(f"<answer>open({str(touched)!r}, 'w')</answer>", entry) == 0.0
+    assert not touched.exists()
 
 
 def test_rows_of_another_task_are_left_to_other_rewards():

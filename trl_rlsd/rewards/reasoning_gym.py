@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import logging
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
+from trl_rlsd.rewards.answer import after_thinking
+from trl_rlsd.rewards.grading import Reward
+from trl_rlsd.rewards.pool import run_all
 
-logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+# reasoning-gym 0.1.25: these scorers evaluate the answer as Python, itself or through sympy
+EVALUATED = frozenset(
+    ("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
+     "simple_integration", "spiral_matrix", "string_insertion")
+)  # fmt: skip
+_HARMLESS = (
+    ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Constant, ast.Name, ast.Load, ast.List,
+    ast.Tuple, ast.Call,
+)  # fmt: skip
+_FUNCTIONS = frozenset(
+    ("Abs", "acos", "acosh", "acot", "asin", "asinh", "atan", "atanh", "cos", "cosh", "cot", "csc", "exp", "ln", "log",
+     "sec", "sin", "sinh", "sqrt", "tan", "tanh")
+)  # fmt: skip
 
 
-def reasoning_gym_reward(
-    prompts: list,
-    completions: list,
-    reasoning_gym: list[str | None],
-    log_metric: Callable[[str, float], None] | None = None,
-    **columns: Any,
-) -> list[float | None]:
+@dataclass(frozen=True)
+class ReasoningGymReward(Reward):
     """The scorer's verdict on each completion's answer; 1 is right. Scorers may give partial credit.
 
     The answer is the last `<answer>...</answer>`; else, where the reference is a number, the last number in the text;
-    else the whole text. Rows of other tasks, with None in `reasoning_gym`, get None. So does a completion on which the
-    scorer itself fails: that is no wrong answer. TRL's `log_metric` then counts it as `reasoning_gym_failures`.
+    else the whole text. Only what follows a thinking block is read.
+
+    Some scorers evaluate the answer as Python. There, an answer that is more than numbers, names, lists, arithmetic
+    and elementary functions is wrong, and never reaches the scorer.
+
+    Args:
+        timeout: seconds to score one completion; one that takes longer has no reward.
+        workers: processes to score in. [the cores]
     """
-    rewards: list[float | None] = []
-    failures = 0
-    for completion, problem in zip(completions, reasoning_gym, strict=True):
-        try:
-            rewards.append(None if problem is None else score(_text(completion), json.loads(problem)))
-        except Exception:
-            logger.warning("reasoning-gym's scorer failed on a completion.", exc_info=True)
-            rewards.append(None)
-            failures += 1
-    if log_metric is not None:
-        log_metric("reasoning_gym_failures", failures)
-    return rewards
+
+    timeout: float = 10.0
+    workers: int | None = None
+
+    kind: ClassVar[str] = "reasoning_gym"
+    packages: ClassVar[tuple[str, ...]] = ("reasoning_gym", "pebble", "loky")
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        return ("reasoning_gym",)
+
+    def grade_all(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float | Exception]:
+        calls = [(text, row["reasoning_gym"]) for text, row in zip(texts, rows, strict=True)]
+        return run_all(_score, calls, timeout=self.timeout, workers=self.workers)
+
+
+def _score(text: str, problem: str) -> float:
+    return score(text, json.loads(problem))
 
 
 def score(text: str, entry: dict[str, Any]) -> float:
     """reasoning-gym's score of a completion's text for one problem (an entry of its datasets)."""
-    return float(_scorer(entry["metadata"]["source_dataset"])(extract_answer(text, str(entry["answer"])), entry))
+    task, rest = entry["metadata"]["source_dataset"], after_thinking(text)
+    answer = None if rest is None else extract_answer(rest, str(entry["answer"]))
+    if answer is not None and task in EVALUATED and not is_harmless(answer):
+        return 0.0
+    return float(_scorer(task)(answer, entry))
+
+
+def is_harmless(answer: str) -> bool:
+    """Whether an answer, evaluated as Python, can do nothing but compute."""
+    try:
+        nodes = list(ast.walk(ast.parse(answer.strip(), mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        # rows of a matrix or a board are no Python
+        return re.fullmatch(r"[\w\s.,+*/^-]*", answer) is not None and "__" not in answer
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return (
+        all(isinstance(node, _HARMLESS) for node in nodes)
+        and all(isinstance(function, ast.Name) and function.id in _FUNCTIONS for function in called)
+        and not any(isinstance(node, ast.Name) and "__" in node.id for node in nodes)
+        # sympy evaluates a text in an expression once more
+        and all(re.fullmatch(r"[\w\s.]*", str(node.value)) for node in nodes if isinstance(node, ast.Constant))
+    )
 
 
 def extract_answer(text: str, reference: str) -> str | None:
@@ -72,5 +115,4 @@ def _scorer(name: str):
     return reasoning_gym.get_score_answer_fn(name)
 
 
-def _text(completion: str | list[dict[str, Any]]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+reasoning_gym_reward = ReasoningGymReward()
