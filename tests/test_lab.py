@@ -3,6 +3,10 @@
 import json
 import random
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +35,9 @@ from trl_rlsd.lab.task import (
     walk,
 )
 from trl_rlsd.lab.trainer import LabTrainer, Localisation
+
+
+ROOT = Path(__file__).parent.parent
 
 
 TASKS = [
@@ -511,3 +518,25 @@ def test_lab_methods_are_ordinary_configs():
 
     for fields in METHODS.values():
         RLSDConfig("x", use_cpu=True, bf16=False, report_to=[], **fields)
+
+
+KILLED = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from trl_rlsd.lab import compare
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=compare._worker)
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 60)
+time.sleep(60)
+"""
+
+
+def test_runs_end_with_a_comparison_that_is_killed():
+    killed = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    worker = int(killed.stdout.readline())
+    killed.kill()
+    killed.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()

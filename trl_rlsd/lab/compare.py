@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -99,8 +100,7 @@ def train_runs(runs: Sequence[Run], start: str, jobs: int | None = None) -> None
     pending = unfinished(runs)
     jobs = jobs or min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # a fresh interpreter: threads of a trained parent do not survive a fork
-    spawn, deaf = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(jobs, spawn, initializer=signal.signal, initargs=deaf) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
         for run in pending:
             begin(run)
         tasks = {pool.submit(run_builtin, run.settings, start, run.seed, str(run.folder)): run for run in pending}
@@ -133,6 +133,17 @@ def unfinished(runs: Iterable[Run]) -> list[Run]:
         if not run.result.is_file():
             left.append(run)
     return left
+
+
+def _worker() -> None:
+    """Deaf to Ctrl-C, which the comparison answers for all; gone with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=[multiprocessing.parent_process()], daemon=True).start()
+
+
+def _leave_with(process: multiprocessing.Process) -> None:
+    process.join()
+    os._exit(1)
 
 
 def begin(run: Run) -> None:
