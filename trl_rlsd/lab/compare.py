@@ -143,7 +143,7 @@ def _worker() -> None:
 
 def _leave_with(process: multiprocessing.Process) -> None:
     process.join()
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def begin(run: Run) -> None:

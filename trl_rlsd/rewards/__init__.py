@@ -18,6 +18,10 @@ from trl_rlsd.dotted import find
 # TRL's own are used as they are; nothing of theirs is written again.
 REWARDS = {
     "math_reward": "trl_rlsd.rewards.math.math_reward",
+    "choice_reward": "trl_rlsd.rewards.choice.choice_reward",
+    "code_reward": "trl_rlsd.rewards.code.code_reward",
+    "sql_reward": "trl_rlsd.rewards.sql.sql_reward",
+    "json_schema_reward": "trl_rlsd.rewards.json_schema.json_schema_reward",
     "reasoning_gym_reward": "trl_rlsd.rewards.reasoning_gym.reasoning_gym_reward",
     "accuracy_reward": "trl.rewards.accuracy_reward",
     "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",
