@@ -40,6 +40,7 @@ CANDIDATES: dict[str, dict] = {
     "rlsd_blame": dict(credit="rlsd", rlsd_reweight_clip_range_negative=4.0, **BLAME | dict(rlsd_lambda_negative=1.0)),
     "gate_blame": dict(credit="gate_toward", **BLAME),
     "drop_blame": dict(credit="gate_drop", **BLAME),
+    "damped_blame": dict(credit="damped_blame", **BLAME),
 }
 
 
