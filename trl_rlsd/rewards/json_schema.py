@@ -60,6 +60,7 @@ class JSONSchemaReward(Reward):
     workers: int | None = None
 
     kind: ClassVar[str] = "json_schema"
+    packages: ClassVar[tuple[str, ...]] = ("jsonschema_rs", "pebble", "loky")
 
     def __post_init__(self):
         if isinstance(self.fields, str):

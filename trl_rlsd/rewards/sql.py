@@ -91,6 +91,7 @@ class SQLReward(Reward):
     workers: int | None = None
 
     kind: ClassVar[str] = "sql"
+    packages: ClassVar[tuple[str, ...]] = ("pebble", "loky")
 
     def __post_init__(self):
         if self.engine not in ENGINES:
