@@ -41,6 +41,7 @@ ROW_METRICS = (
     "no_context",
     "no_contrast",
     "no_span",
+    "privileged_tokens_cut",
     "skipped",
     "teacher_seconds",
     "leak_overlap",

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.commands.launch import launch_command_parser
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from transformers import TrainerCallback
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoTokenizer, TrainerCallback
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_rlsd.config import RLSDConfig
+from trl_rlsd.data.load import FORMATS, GYM, load_rows
+from trl_rlsd.data.presets import presets_for
+from trl_rlsd.data.privileged import Documents
 from trl_rlsd.dotted import find
 from trl_rlsd.rewards import REWARDS, get_reward
 
@@ -27,7 +30,6 @@ from trl_rlsd.rewards import REWARDS, get_reward
 if TYPE_CHECKING:
     from trl_rlsd.trainer import RLSDTrainer
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -38,8 +40,17 @@ class RLSDScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "The data: a dataset on the Hub, a .json, .jsonl, .parquet or .csv file (wildcards work), or the "
-            "dotted path of a Python function that returns a dataset or a dictionary of splits."
+            "help": "The data: a dataset on the Hub, a .json, .jsonl, .parquet or .csv file (wildcards work), the "
+            "dotted path of a Python function that returns a dataset or a dictionary of splits, or 'reasoning_gym:' "
+            "and the name of one of its datasets."
+        },
+    )
+    dataset_options: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of trl_rlsd.data.load.load_rows, which makes rows of datasets as they are: preset, "
+            "columns, privileged, documents, ... On the command line as JSON. Datasets of the Hub that a preset knows "
+            "need none."
         },
     )
     reward_funcs: list[str] | None = field(
@@ -61,14 +72,13 @@ class RLSDScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.reward_options, str):
-            try:
-                self.reward_options = json.loads(self.reward_options)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"reward_options={self.reward_options!r} is not JSON ({error}); give, for example, "
-                    '\'{"math_reward": {"timeout": 10}}\'.'
-                ) from error
+        for name in ("dataset_options", "reward_options"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
@@ -93,10 +103,10 @@ def load_splits(name: str | None, config: str | None = None, streaming: bool = F
     if not name:
         raise ValueError("dataset_name is not set. Give a Hub dataset, a file, or the dotted path of a function.")
     suffix = Path(name).suffix.lower()
-    if suffix in _FORMATS:
+    if suffix in FORMATS:
         if not any(character in name for character in "*?[") and not Path(name).is_file():
             raise ValueError(f"dataset_name={name!r}: there is no such file (looked from {os.getcwd()}).")
-        return load_dataset(_FORMATS[suffix], data_files=name, streaming=streaming)
+        return load_dataset(FORMATS[suffix], data_files=name, streaming=streaming)
     if _DOTTED.fullmatch(name):
         try:
             splits = find(name)()
@@ -110,10 +120,25 @@ def load_splits(name: str | None, config: str | None = None, streaming: bool = F
     return load_dataset(name, name=config, streaming=streaming)
 
 
-def _split(splits: dict | DatasetDict, name: str, field_name: str):
-    if name not in splits:
-        raise ValueError(f"{field_name}={name!r} is not a split of the dataset; it has {', '.join(splits)}.")
-    return splits[name]
+def _split(script: RLSDScriptArguments, field_name: str, model: str) -> Dataset | IterableDataset:
+    """The rows of a split, made by `load_rows` where there are options or a preset knows them."""
+    source, name, options = script.dataset_name, getattr(script, field_name), script.dataset_options
+    ready = options is None and not (source and (source.startswith(GYM) or presets_for(source)))
+    if ready or (source and _DOTTED.fullmatch(source)):
+        splits = load_splits(source, script.dataset_config, script.dataset_streaming)
+        if name not in splits:
+            raise ValueError(f"{field_name}={name!r} is not a split of the dataset; it has {', '.join(splits)}.")
+        if ready:
+            return splits[name]
+        source = splits[name]
+    if script.dataset_streaming:
+        raise ValueError("dataset_streaming=True: load_rows reads all rows. Leave it out, or give ready rows.")
+    options = dict(options or {})
+    if isinstance(options.get("documents"), dict):
+        documents = options["documents"]
+        tokenizer = AutoTokenizer.from_pretrained(model) if documents.get("budget") else None
+        options["documents"] = Documents(**documents, tokenizer=tokenizer)
+    return load_rows(source, split=name, config=script.dataset_config, **options)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,9 +182,8 @@ def build_trainer(
     if unused := [name for name in options if name not in script.reward_funcs]:
         raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
     rewards = [get_reward(name, options.get(name)) for name in script.reward_funcs]
-    splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
-    train_dataset = _split(splits, script.dataset_train_split, "dataset_train_split")
-    eval_dataset = _split(splits, script.dataset_test_split, "dataset_test_split") if evaluates else None
+    train_dataset = _split(script, "dataset_train_split", model.model_name_or_path)
+    eval_dataset = _split(script, "dataset_test_split", model.model_name_or_path) if evaluates else None
     if evaluation_rows is not None:
         eval_dataset = eval_dataset.take(evaluation_rows)
     args.model_init_kwargs = {

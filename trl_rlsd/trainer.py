@@ -41,6 +41,7 @@ from trl_rlsd.alarms import AlarmCallback
 from trl_rlsd.collator import PrivilegedPromptCollator, text_of
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
+from trl_rlsd.data import CUT_COLUMN
 from trl_rlsd.external import external_teacher
 from trl_rlsd.leakage import leak_metrics
 from trl_rlsd.metrics import MetricSums
@@ -330,6 +331,8 @@ class RLSDTrainer(GRPOTrainer):
         if ids.device.type != "cpu":  # kernels are queued: without this the clock would time their launch
             torch.accelerator.synchronize()
         counts = {"no_context": (rows - sum(has_context), rows), "skipped": (rows - scored.sum(), rows)}
+        if CUT_COLUMN in self._rows[0]:
+            counts[CUT_COLUMN] = sum(row[CUT_COLUMN] or 0 for row in self._rows), rows
         self._credit_metrics.add(counts | {"teacher_seconds": (time.perf_counter() - started, 1)})
 
     def _wrong_references(self) -> list[str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 from trl_rlsd.rewards.answer import after_thinking, final_answer, squeeze
@@ -61,23 +61,30 @@ def grade(text: str, reference: str, exact_fallback: bool = False) -> float:
 
     Raises: CannotGrade, where the reference has no expression.
     """
-    from math_verify import verify
-
     text = after_thinking(text)
     if text is None:
         return 0.0
-    right = final_answer(reference) or reference
-    gold = [] if _WORDS.fullmatch(right.strip()) else _expressions(right)
-    stated = final_answer(text)
-    if gold:
-        # limits of time are the caller's: math-verify's own work in a main thread only
-        found = _expressions(stated) if stated else _parse(text[-_READ:])
-        return float(verify(gold, found, timeout_seconds=None))
+    right, stated = final_answer(reference) or reference, final_answer(text)
+    verdict = _equal(right, stated) if stated else _equal(right, text[-_READ:], bare=False)
+    if verdict is not None:
+        return float(verdict)
     if not exact_fallback:
         raise CannotGrade(f"math-verify finds no expression in the reference {reference[:80]!r}")
     return float(squeeze(stated or text) == squeeze(right))
 
 
+# completions of a group share their reference, and often their answer
+@lru_cache(maxsize=4096)
+def _equal(right: str, found: str, bare: bool = True) -> bool | None:
+    """Whether an answer, or a text with one in it, equals the right one; None where that has no expression."""
+    from math_verify import verify
+
+    gold = [] if _WORDS.fullmatch(right.strip()) else _expressions(right)
+    # limits of time are the caller's: math-verify's own work in a main thread only
+    return verify(gold, _expressions(found) if bare else _parse(found), timeout_seconds=None) if gold else None
+
+
+@lru_cache(maxsize=4096)
 def _expressions(answer: str) -> list:
     """Of a text that is an answer and nothing else. In a box it is LaTeX to math-verify: of a bare `3\\sqrt{2}` or
     `[0, 1)` it would take one number."""

@@ -1,0 +1,139 @@
+"""Every file in configs/, through the real parser: two steps with a tiny model, on rows with the columns it names."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import byte_tokenizer, tiny_llama
+from datasets import Dataset
+
+from trl_rlsd.data.load import load_rows
+from trl_rlsd.rewards import get_reward
+from trl_rlsd.train import main
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+TINY = {
+    "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
+    "max_steps": 2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+    "gradient_accumulation_steps": 1, "lora_r": 4,
+}  # fmt: skip
+SCHEMA = {"type": "object", "required": ["total"], "properties": {"total": {"type": "number"}}}
+# real problems in the columns that the configs' datasets have; a completion that solves the first
+ROWS = {
+    "math_gsm8k": (
+        [
+            {
+                "question": "Natalia sold clips to 48 of her friends in April, and half as many in May. How many?",
+                "answer": "In May she sold 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=72>>72.\n#### 72",
+            },
+            {"question": "A robe takes 2 bolts of blue and half that of white. How many?", "answer": "2+1=3\n#### 3"},
+        ],
+        "48 + 24 = 72, so \\boxed{72}.",
+    ),
+    "code_mbpp": (
+        [
+            {
+                "task_id": 2,
+                "text": "Write a function to find the shared elements of two lists.",
+                "code": "def similar(a, b):\n    return set(a) & set(b)",
+                "test_list": ["assert set(similar([3, 4, 5], [5, 4, 7])) == {4, 5}"],
+                "test_setup_code": "",
+                "challenge_test_list": [],
+            }
+        ],
+        "```python\ndef similar(a, b):\n    return [x for x in a if x in b]\n```",
+    ),
+    "sql_synthetic": (
+        [
+            {
+                "id": 1,
+                "sql_prompt": "How much was sold by each seller?",
+                "sql_context": "CREATE TABLE sale (seller TEXT, amount INT); "
+                "INSERT INTO sale VALUES ('Ann', 3), ('Bo', 4), ('Ann', 5);",
+                "sql": "SELECT seller, SUM(amount) FROM sale GROUP BY seller;",
+                "sql_explanation": "Amounts are summed by seller.",
+            }
+        ],
+        "```sql\nSELECT seller, TOTAL(amount) FROM sale GROUP BY 1\n```",
+    ),
+    "json_extraction": (
+        [
+            {
+                "text": "Total due: 12.50 EUR",
+                "schema": json.dumps(SCHEMA),
+                "reference": '{"total": 12.5, "currency": "EUR"}',
+            }
+        ],
+        '{"currency": "EUR", "total": 12.50}',
+    ),
+    "choice_handbook": (
+        [{"question": "Who signs travel above 500 EUR? A. the team lead  B. the director", "letter": "B"}],
+        "That is the director's.\nAnswer: B",
+    ),
+    "reasoning_gym": (None, None),
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a tiny model, and what the configs say is yours."""
+    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "handbook.md").write_text("Travel above 500 EUR is signed by the director.\n\n" + "Also this. " * 300)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_config_is_tried():
+    assert [config.stem for config in CONFIGS] == sorted(ROWS)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_a_config_trains(project, config, capfd):
+    if "code_reward" in config.read_text() and not shutil.which("bwrap"):
+        pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
+    lines = yaml.safe_load(config.read_text())
+    header = config.read_text().split("model_name_or_path")[0]
+    assert f"--config configs/{config.name}" in header
+    assert "NOT RUN" in header
+    rows, solution = ROWS[config.stem]
+    options = lines.get("dataset_options") or {}
+    if rows is None:
+        options["size"] = 4
+    else:
+        Dataset.from_list(rows * 4).to_parquet("rows.parquet")
+        if lines["dataset_name"].count("/"):  # on the Hub, where its id names the preset
+            rows_there = load_rows("rows.parquet", **({"preset": _preset(lines["dataset_name"])} | options))
+            options = {"preset": _preset(lines["dataset_name"])} | options
+        else:
+            rows_there = None
+        lines["dataset_name"] = "rows.parquet"
+    (project / "config.yaml").write_text(
+        yaml.safe_dump({**lines, **TINY, "model_name_or_path": "model", "dataset_options": options})
+    )
+    main(["--config", "config.yaml"])
+    printed = capfd.readouterr().out
+    assert printed.count("'rlsd/lambda'") >= 2
+    assert (project / lines["output_dir"] / "adapter_model.safetensors").is_file()
+    name = lines["reward_funcs"][0]
+    assert f"'rewards/{name}/mean'" in printed
+    assert f"'{name.removesuffix('_reward')}_failures': '0'" in printed
+    if config.stem == "choice_handbook":
+        assert "'rlsd/privileged_tokens_cut'" in printed
+    if rows is not None and rows_there is not None:
+        reward = get_reward(name, (lines.get("reward_options") or {}).get(name))
+        columns = {column: [rows_there[0][column]] * 2 for column in rows_there.column_names}
+        assert reward(completions=[solution, "no idea"], prompts=None, **_less(columns)) == [1.0, 0.0]
+
+
+def _less(columns):
+    return {name: values for name, values in columns.items() if name != "prompt"}
+
+
+def _preset(source):
+    from trl_rlsd.data.presets import presets_for
+
+    return presets_for(source)[0].name
