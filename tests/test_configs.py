@@ -129,6 +129,45 @@ def test_a_config_trains(project, config, capfd):
         assert reward(completions=[solution, "no idea"], prompts=None, **_less(columns)) == [1.0, 0.0]
 
 
+def test_options_stand_in_a_config_or_are_json_on_the_command_line(project, capfd):
+    rows = [{"problem": f"{i} + 1", "solution": str(i + 1), "pass_rate": i / 8} for i in range(8)]
+    Dataset.from_list(rows).to_json("rows.jsonl")
+    given = {
+        "dataset_options": {"columns": {"prompt": "problem", "answer": "solution"}, "keep": ["pass_rate"]},
+        "reward_options": {"math_reward": {"timeout": 9}},
+        "curriculum": {"stages": [{"at_least": 0.5, "max_steps": 1}, {}], "window": 1},
+    }
+    lines = {**TINY, "model_name_or_path": "model", "dataset_name": "rows.jsonl", "reward_funcs": ["math_reward"]}
+    (project / "config.yaml").write_text(yaml.safe_dump({**lines, "output_dir": "out"}))
+    main(
+        [
+            "--config",
+            "config.yaml",
+            *(part for name, value in given.items() for part in (f"--{name}", json.dumps(value))),
+        ]
+    )
+    assert "'math_failures': '0'" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("reward_options", "{x", "reward_options='{x' is not JSON"),
+        ("reward_options", '{"code_reward": {}}', "reward_options names 'code_reward', which is not in reward_funcs"),
+        ("reward_options", '{"math_reward": {"time": 1}}', "'math_reward' has no option 'time'; it has column"),
+        ("dataset_options", '{"preset": "gsm9k"}', "gsm9k.*gsm8k"),
+        ("curriculum", '{"stages": [{"from": 1}]}', "curriculum=.*unexpected keyword argument 'from'"),
+    ],
+)
+def test_a_wrong_option_is_named_before_a_model_is_loaded(project, name, value, said):
+    Dataset.from_list([{"question": "1 + 1", "answer": "#### 2"}]).to_json("rows.jsonl")
+    lines = {**TINY, "model_name_or_path": "model", "dataset_name": "rows.jsonl", "reward_funcs": ["math_reward"]}
+    lines |= {"dataset_options": {"preset": "gsm8k"}, "output_dir": "out"}
+    (project / "config.yaml").write_text(yaml.safe_dump(lines))
+    with pytest.raises(ValueError, match=said):
+        main(["--config", "config.yaml", f"--{name}", value])
+
+
 def _less(columns):
     return {name: values for name, values in columns.items() if name != "prompt"}
 

@@ -20,6 +20,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_rlsd.config import RLSDConfig
+from trl_rlsd.data.curriculum import Curriculum, Stage
 from trl_rlsd.data.load import FORMATS, GYM, load_rows
 from trl_rlsd.data.presets import presets_for
 from trl_rlsd.data.privileged import Documents
@@ -53,6 +54,13 @@ class RLSDScriptArguments(ScriptArguments):
             "need none."
         },
     )
+    curriculum: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of trl_rlsd.data.curriculum.Curriculum, such as {column: pass_rate, stages: "
+            "[{at_least: 0.5, until: 0.8}, {}]}; on the command line as JSON."
+        },
+    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -72,7 +80,7 @@ class RLSDScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        for name in ("dataset_options", "reward_options"):
+        for name in ("dataset_options", "curriculum", "reward_options"):
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
@@ -204,8 +212,16 @@ def build_trainer(
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         teacher_model=script.teacher_model_name_or_path,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), *([_curriculum(script.curriculum)] if script.curriculum else [])],
     )
+
+
+def _curriculum(given: dict) -> Curriculum:
+    try:
+        stages = [Stage(**stage) for stage in given.get("stages", [])]
+        return Curriculum(**{**given, "stages": stages})
+    except TypeError as error:
+        raise ValueError(f"curriculum={given!r}: {error}. See trl_rlsd.data.curriculum.") from error
 
 
 if __name__ == "__main__":
