@@ -11,13 +11,19 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967295
 export MALLOC_TOP_PAD_ := 268435456
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench clean sandbox
 
 quickstart: $(INSTALLED)
 	$(BIN)/trl-rlsd quickstart $(ARGS)
 
-test: $(INSTALLED)
+test: $(INSTALLED) sandbox
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# What code_reward runs programs in. Tests that need it are skipped where it is missing, and say so.
+sandbox:
+	@command -v bwrap > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq && apt-get install -qq --yes bubblewrap; } \
+		|| echo "bubblewrap is not installed; its tests will be skipped: sudo apt-get install bubblewrap"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -25,7 +31,7 @@ lint: $(INSTALLED)
 
 # Under 15 minutes on 2 cores. DEVICE=cuda takes the GPU's sizes.
 DEVICE ?= cpu
-BENCHMARKS := loss_paths teacher_pass update_time scaling
+BENCHMARKS := loss_paths teacher_pass update_time scaling rewards code_reward
 
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \

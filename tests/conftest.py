@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and datasets, built in code: no test needs a download."""
 
 import os
+import subprocess
 
 
 # before anything of Hugging Face is imported
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_rlsd import RLSDConfig, RLSDTrainer
+from trl_rlsd.rewards.sandbox import Bubblewrap
 
 
 CHAT_TEMPLATE = (
@@ -131,3 +133,12 @@ def differs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 def one_thread():
     # tests run in several processes; spinning threads on taken cores are many times slower
     torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    """Which isolator the tests of code_reward run in, or why they are skipped."""
+    try:
+        Bubblewrap().check()
+    except (ImportError, RuntimeError) as error:
+        return f"sandbox: none ({error})"
+    return f"sandbox: {subprocess.run(['bwrap', '--version'], capture_output=True, text=True).stdout.strip()}"

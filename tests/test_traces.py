@@ -140,6 +140,14 @@ def test_a_trace_is_a_completion_that_the_reward_accepts(tmp_path, suffix):
     assert sorted(path.name for path in output.parent.iterdir()) == [output.name, f"{output.name}.journal"]
 
 
+def test_a_problem_without_a_trace_keeps_the_privileged_context_that_it_had(tmp_path):
+    known = problems().add_column("privileged_context", ["zero", None, "two", "three"])
+    with serving(lambda question, count: "so 2" if question == "q3" else f"so {question[1:]}") as server:
+        rows = verified_traces(known, endpoint(server), right, tmp_path / "t.jsonl", samples=1)
+    assert rows["trace"] == ["so 0", "so 1", "so 2", None]
+    assert rows["privileged_context"] == ["so 0", "so 1", "so 2", "three"]
+
+
 def test_sampling_for_a_problem_ends_with_its_first_trace(tmp_path):
     with serving(lambda question, count: nth_is_right(int(question[1:]) + 1)(question, count)) as server:
         rows = verified_traces(problems(), endpoint(server), right, tmp_path / "t.jsonl", samples=3)
@@ -446,9 +454,11 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         with pytest.raises(ValueError, match=message):
             verified_traces(problems(), source, right, tmp_path / name)
     assert (tmp_path / "t.jsonl").read_text() == "mine"
-    for column in ("trace", "privileged_context"):
-        with pytest.raises(ValueError, match=f"has a column '{column}' already"):
-            verified_traces(problems().add_column(column, ["x"] * 4), source, right, tmp_path / "u.jsonl")
+    with pytest.raises(ValueError, match="has a column 'trace' already"):
+        verified_traces(problems().add_column("trace", ["x"] * 4), source, right, tmp_path / "u.jsonl")
+    messages = [[{"role": "user", "content": "x"}]] * 4
+    with pytest.raises(TypeError, match="'privileged_context' holds messages"):
+        verified_traces(problems().add_column("privileged_context", messages), source, right, tmp_path / "u.jsonl")
     for column in ("pass_rate", "pass_rate_samples"):
         with pytest.raises(ValueError, match=f"has a column '{column}' already"):
             pass_rate(problems().add_column(column, ["x"] * 4), source, right)

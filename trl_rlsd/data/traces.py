@@ -28,8 +28,8 @@ def verified_traces(
     """The dataset with a trace for each problem that the model solved, sampled and graded; written to `output`.
 
     Two columns are added: `trace`, an accepted completion as the model wrote it, and `privileged_context`, the same
-    without its thinking tags, for the trainer. Both are None where no completion was accepted; such rows keep plain
-    GRPO credit, and `filter` leaves them out.
+    without its thinking tags, for the trainer. Where no completion was accepted, `trace` is None, and a row keeps the
+    privileged context that it had, such as its answer; without one it has None, and plain GRPO credit.
 
     Each completion is written to `OUTPUT.journal` when it arrives, and its verdict when it is graded. The same
     call goes on from there, after a kill or a lost connection too: nothing that has arrived is asked for again, and
@@ -52,8 +52,12 @@ def verified_traces(
     if keep not in ("first", "shortest") or samples < 1:
         raise ValueError(f"keep={keep!r}, samples={samples}: keep is 'first' or 'shortest', samples 1 or more.")
     output = check_output(output)
-    for column in sorted({"trace", "privileged_context"} & set(getattr(dataset, "column_names", None) or [])):
-        raise ValueError(f"The dataset has a column {column!r} already: dataset.rename_column({column!r}, ...).")
+    there = getattr(dataset, "column_names", None) or []
+    if "trace" in there:
+        raise ValueError("The dataset has a column 'trace' already: dataset.rename_column('trace', ...).")
+    known = list(dataset["privileged_context"]) if "privileged_context" in there else None
+    if not all(context is None or isinstance(context, str) for context in known or []):
+        raise TypeError("The column 'privileged_context' holds messages; here it must be text: rename it.")
     with GradedSamples(dataset, source, reward, journal_of(output), threshold=threshold, regrade=regrade) as drawn:
         if keep == "shortest":
             drawn.draw([(row, sample) for row in drawn.rows for sample in range(samples)], "traces")
@@ -66,8 +70,11 @@ def verified_traces(
         drawn.summary("Traces", f"{len(traces)} of {len(dataset)} rows have one")
     columns = [traces.get(row) for row in range(len(dataset))]
     dataset = dataset.add_column("trace", columns, feature=Value("string"))
-    contexts = [None if trace is None else without_tags(trace) for trace in columns]
-    dataset = dataset.add_column("privileged_context", contexts, feature=Value("string"))
+    known = known or [None] * len(dataset)
+    contexts = [old if trace is None else without_tags(trace) for trace, old in zip(columns, known, strict=True)]
+    dataset = dataset.remove_columns([name for name in there if name == "privileged_context"]).add_column(
+        "privileged_context", contexts, feature=Value("string")
+    )
     write_dataset(dataset, output)
     return dataset
 
