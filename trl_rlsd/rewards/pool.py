@@ -33,7 +33,7 @@ def run_all(
         workers: processes; they are kept for the next time. [the cores, shared with the other ranks of this machine]
     """
     with _starting:  # two threads must not make two pools
-        pool = _pool(os.getpid(), workers or _cores())
+        pool = _pool(os.getpid(), workers or cores())
     futures = [pool.schedule(function, args=call, timeout=timeout) for call in calls]
     results: list[Any | Exception] = []
     for future in futures:
@@ -63,7 +63,8 @@ def _close(process: int, pool) -> None:
         pool.join()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores of this process, shared with the other ranks of this machine; at most 8."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(len(os.sched_getaffinity(0)) // ranks, 8))
 
