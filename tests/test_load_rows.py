@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, disable_progress_bars
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, disable_progress_bars, enable_progress_bars
 
 from trl_rlsd.data.load import load_rows
 from trl_rlsd.data.presets import PRESETS, Field, Preset, boxed, fitting_presets, gsm8k_answer, presets_for
@@ -15,7 +15,12 @@ from trl_rlsd.data.privileged import Documents
 from trl_rlsd.rewards import get_reward
 
 
-disable_progress_bars()
+@pytest.fixture(autouse=True)
+def quiet():
+    disable_progress_bars()
+    yield
+    enable_progress_bars()
+
 
 JANET = "Janet sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
 DAPO = (

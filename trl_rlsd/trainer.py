@@ -274,6 +274,8 @@ class RLSDTrainer(GRPOTrainer):
         try:
             batch = super()._generate_and_score_completions(inputs)
             batch |= self.token_labels(batch, inputs)
+            if CUT_COLUMN in inputs[0]:
+                self._credit_metrics.add({CUT_COLUMN: (sum(row[CUT_COLUMN] or 0 for row in inputs), len(inputs))})
             if self._wanted:
                 self._add_spans(batch)
                 self._score_with_teacher(batch, *self._teacher_prompts)
@@ -331,8 +333,6 @@ class RLSDTrainer(GRPOTrainer):
         if ids.device.type != "cpu":  # kernels are queued: without this the clock would time their launch
             torch.accelerator.synchronize()
         counts = {"no_context": (rows - sum(has_context), rows), "skipped": (rows - scored.sum(), rows)}
-        if CUT_COLUMN in self._rows[0]:
-            counts[CUT_COLUMN] = sum(row[CUT_COLUMN] or 0 for row in self._rows), rows
         self._credit_metrics.add(counts | {"teacher_seconds": (time.perf_counter() - started, 1)})
 
     def _wrong_references(self) -> list[str | None]:

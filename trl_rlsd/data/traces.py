@@ -68,15 +68,18 @@ def verified_traces(
                 drawn.draw(keys, f"traces, round {sample + 1} of {samples}")
         traces = _traces(drawn, samples, keep)
         drawn.summary("Traces", f"{len(traces)} of {len(dataset)} rows have one")
-    columns = [traces.get(row) for row in range(len(dataset))]
-    dataset = dataset.add_column("trace", columns, feature=Value("string"))
-    known = known or [None] * len(dataset)
-    contexts = [old if trace is None else without_tags(trace) for trace, old in zip(columns, known, strict=True)]
-    dataset = dataset.remove_columns([name for name in there if name == "privileged_context"]).add_column(
-        "privileged_context", contexts, feature=Value("string")
-    )
+    dataset = _with_traces(dataset, [traces.get(row) for row in range(len(dataset))], known)
     write_dataset(dataset, output)
     return dataset
+
+
+def _with_traces(dataset: Dataset, traces: list[str | None], known: list[str | None] | None) -> Dataset:
+    if known is not None:
+        dataset = dataset.remove_columns("privileged_context")
+    pairs = zip(traces, known or [None] * len(traces), strict=True)
+    contexts = [old if trace is None else without_tags(trace) for trace, old in pairs]
+    dataset = dataset.add_column("trace", traces, feature=Value("string"))
+    return dataset.add_column("privileged_context", contexts, feature=Value("string"))
 
 
 def without_tags(trace: str) -> str:
