@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from conftest import trainer
+from conftest import dataset, trainer
 
 from trl_rlsd.rewards import REWARDS, get_reward
 
@@ -67,11 +67,11 @@ def test_the_scorers_that_evaluate_what_a_model_wrote_are_known():
     import reasoning_gym.factory as factory
 
     evaluating = set()
-    for name, (dataset, _) in factory.DATASETS.items():
-        source = inspect.getsource(inspect.getmodule(dataset)) if name != "composite" else ""
-        scorer = inspect.getsource(dataset.score_answer)
+    for name, (kind, _) in factory.DATASETS.items():
+        source = inspect.getsource(inspect.getmodule(kind)) if name != "composite" else ""
+        scorer = inspect.getsource(kind.score_answer)
         helpers = re.findall(r"self\.(\w+)\(", scorer)
-        parts = [scorer, *(inspect.getsource(getattr(dataset, h)) for h in helpers if hasattr(dataset, h))]
+        parts = [scorer, *(inspect.getsource(getattr(kind, h)) for h in helpers if hasattr(kind, h))]
         if any(
             re.search(r"\b(eval|exec|sympify)\((?!entry)|(?<!def )\b(sympy|sp)\.parse_expr\(", part) for part in parts
         ) or ("sympy_parser import parse_expr" in source and any("parse_expr(" in part for part in parts)):
@@ -114,6 +114,15 @@ def test_a_scorer_that_evaluates_sees_right_answers_and_no_program(name, tmp_pat
     assert not touched.exists()
 
 
+def test_partial_credit_can_be_left_out():
+    problem = reasoning_gym_dataset("gsm_symbolic", 1)[0]
+    texts, columns = [problem["privileged_context"], "-99"], {"reasoning_gym": [problem["reasoning_gym"]] * 2}
+    given = reasoning_gym_reward(None, texts, **columns)
+    assert given[0] == 1.0
+    assert 0 < given[1] < 1
+    assert get_reward("reasoning_gym_reward", {"partial": False})(None, texts, **columns) == [1.0, 0.0]
+
+
 def test_rows_of_another_task_are_left_to_other_rewards():
     problem = reasoning_gym_dataset("chain_sum", 1, **SUMS)[0]
     scores = reasoning_gym_reward(
@@ -128,7 +137,15 @@ def test_rows_of_another_task_are_left_to_other_rewards():
     [
         ("3 + 4 = 7", "7", "7"),
         ("it is -3.", "-3", "-3"),
-        ("1,024 apples", "1024", "1,024"),
+        ("1,024 apples", "1024", "1024"),
+        ("\\boxed{288}\n\nCheck: it took 3 steps.", "288", "288"),
+        ("**Answer: 288** (rounded to 0 decimals)", "288", "288"),
+        ("The answer is 288. That is 2 times as many.", "288", "288"),
+        ("The answer is 3 + 4 = 7.", "7", "7"),
+        ("Answer: $1,585.50", "1585.50", "1585.50"),
+        ("The answer is unknown, 5 is a guess", "5", "5"),
+        ("The answer is **Yes**.", "Yes", "Yes"),
+        ("\\boxed{Yes}", "Yes", "Yes"),
         ("no number", "7", None),
         ("<answer> 5 </answer> or 6", "5", "5"),
         (" cba ", "cba", "cba"),
@@ -171,6 +188,10 @@ def test_a_rewards_needs_are_asked_before_anything_is_generated(tmp_path):
 
     with pytest.raises(ValueError, match=r"needs needs the column 'tests'.*'prompt', 'privileged_context'"):
         trainer(tmp_path, reward=Needs())
+
+    ready = dataset().add_column("tests", ["1"] * 16)
+    with pytest.raises(ValueError, match="needs the column 'tests'"):
+        trainer(tmp_path, reward=Needs(), data=ready, eval_dataset=dataset())
 
     class Broken(Needs):
         required_columns = ()

@@ -62,19 +62,22 @@ def check_column(dataset: Any, column: str, field: str = "privileged_column") ->
         )
 
 
-def check_rewards(reward_funcs: Any, dataset: Any) -> None:
+def check_rewards(reward_funcs: Any, *datasets: Any) -> None:
     """Rewards that say what they need (`required_columns`, `check()`) are asked before anything is generated.
 
-    Raises: ValueError where the dataset lacks a column, and what a reward's own check raises.
+    Args:
+        datasets: for training and for evaluation; None, or a dictionary of several, too.
+
+    Raises: ValueError where a dataset lacks a column, and what a reward's own check raises.
     """
-    columns = getattr(dataset, "column_names", None)
+    each = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
-        missing = [name for name in getattr(reward, "required_columns", ()) if columns and name not in columns]
-        if missing:
-            raise ValueError(
-                f"{reward.__name__} needs the column {missing[0]!r}, which train_dataset does not have; its columns "
-                f"are {', '.join(map(repr, columns))}. Rename one of them, or name it in the reward's options."
-            )
+        for columns in filter(None, (getattr(dataset, "column_names", None) for dataset in each)):
+            if missing := [name for name in getattr(reward, "required_columns", ()) if name not in columns]:
+                raise ValueError(
+                    f"{reward.__name__} needs the column {missing[0]!r}, which a dataset does not have; its columns "
+                    f"are {', '.join(map(repr, columns))}. Rename one of them, or name it in the reward's options."
+                )
         if callable(check := getattr(reward, "check", None)):
             check()
 

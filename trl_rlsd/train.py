@@ -21,7 +21,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.data.curriculum import Curriculum, Stage
-from trl_rlsd.data.load import FORMATS, GYM, load_rows
+from trl_rlsd.data.load import FORMATS, GYM, load_rows, read_source
 from trl_rlsd.data.presets import presets_for
 from trl_rlsd.data.privileged import Documents
 from trl_rlsd.dotted import find
@@ -112,9 +112,9 @@ def load_splits(name: str | None, config: str | None = None, streaming: bool = F
         raise ValueError("dataset_name is not set. Give a Hub dataset, a file, or the dotted path of a function.")
     suffix = Path(name).suffix.lower()
     if suffix in FORMATS:
-        if not any(character in name for character in "*?[") and not Path(name).is_file():
-            raise ValueError(f"dataset_name={name!r}: there is no such file (looked from {os.getcwd()}).")
-        return load_dataset(FORMATS[suffix], data_files=name, streaming=streaming)
+        if streaming:
+            return load_dataset(FORMATS[suffix], data_files=name, streaming=True)
+        return {"train": read_source(name, "train")}
     if _DOTTED.fullmatch(name):
         try:
             splits = find(name)()
@@ -132,7 +132,8 @@ def _split(script: RLSDScriptArguments, field_name: str, model: str) -> Dataset 
     """The rows of a split, made by `load_rows` where there are options or a preset knows them."""
     source, name, options = script.dataset_name, getattr(script, field_name), script.dataset_options
     ready = options is None and not (source and (source.startswith(GYM) or presets_for(source)))
-    if ready or (source and _DOTTED.fullmatch(source)):
+    is_file = source and Path(source).suffix.lower() in FORMATS
+    if ready or (source and _DOTTED.fullmatch(source) and not is_file):
         splits = load_splits(source, script.dataset_config, script.dataset_streaming)
         if name not in splits:
             raise ValueError(f"{field_name}={name!r} is not a split of the dataset; it has {', '.join(splits)}.")

@@ -143,7 +143,7 @@ class RLSDTrainer(GRPOTrainer):
         self._wrong_column = args.contrast_column if contrast else None
         if self._wrong_column is not None:
             checks.check_column(train_dataset, args.contrast_column, "contrast_column")
-        checks.check_rewards(reward_funcs, train_dataset)
+        checks.check_rewards(reward_funcs, train_dataset, *grpo_args[:1], grpo_kwargs.get("eval_dataset"))
 
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 

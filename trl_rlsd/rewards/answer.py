@@ -6,25 +6,28 @@ import re
 
 
 # where an answer begins to be stated
-STATEMENT = re.compile(r"\\boxed\{|<answer>|####|\banswer\**\s*(?:is\b|:)", re.IGNORECASE)
+_SAYS = r"(?:\banswer\**+\s*+(?:is\b\s*+[:：]?|would be\b|should be\b|[:：])|答案\s*+(?:是|为|[:：]))"
+STATEMENT = re.compile(rf"\\(?:boxed|fbox)\{{|<answer>|####|{_SAYS}", re.IGNORECASE)
 # linear in the text, whatever a model writes: nothing is tried twice (`*+`)
-_STATED = re.compile(r"(?:####|\banswer\**+\s*+(?:is\b\s*+:?|:))\s*+\**+\s*+(.+)", re.IGNORECASE)
-_BRACES = re.compile(r"\\boxed\{|[{}]")
+_STATED = re.compile(rf"(?:####|{_SAYS})\s*+\**+\s*+(.+)", re.IGNORECASE)
+_BRACES = re.compile(r"\\(?:boxed|fbox)\{|[{}]")
 
 
 def final_answer(text: str) -> str | None:
     """The final answer in a completion's text; None where it states none.
 
-    In this order, the last of each kind: `\\boxed{...}`, `<answer>...</answer>`, the rest of a line after `####`,
-    "answer is" or "answer:". Only what follows a thinking block is read; a block that was never closed has no answer.
+    In this order, the last of each kind: `\\boxed{...}` or `\\fbox{...}`, `<answer>...</answer>`, the rest of a line
+    after `####`, "answer is", "answer:" or the like. Only what follows a thinking block is read; a block that was
+    never closed has no answer.
     """
     text = after_thinking(text)
     if text is None:
         return None
-    for answers in (last_boxed(text), _tagged(text), _STATED.findall(text)):
-        stripped = [answer.strip().rstrip(".*").strip() for answer in answers]
-        if stripped and stripped[-1]:
-            return stripped[-1]
+    # behind a sentence's answer stand its marks; in a box, 5! is a factorial
+    for answers, marks in ((last_boxed(text), ".*"), (_tagged(text), ".*"), (_STATED.findall(text), ".*!。")):
+        answer = answers[-1].strip().rstrip(marks).strip() if answers else ""
+        if answer:
+            return answer
     return None
 
 

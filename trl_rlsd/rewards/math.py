@@ -18,6 +18,10 @@ _READ = 4000
 # computer algebra takes letters for factors: `east` would equal `seat`
 _WORDS = re.compile(r"[A-Za-z]{2,}(\s+[A-Za-z]+)*")
 # between the digits of a number; math-verify would read 12\,345 as a sum
+_HEDGE = re.compile(r"\\(?:lor|vee|implies)\b|\\\\|\bor\b")
+_BINOMIAL = re.compile(r"\\[dt]?binom|\\choose\b")
+# 18 dollars: LaTeX has letters for factors; of one letter, math-verify knows which are units
+_COUNTED = re.compile(r"(\$?[-+]?\d[\d,]*(?:\.\d+)?%?)\$?(?:\s+(?!pi\b|sqrt\b)[A-Za-z]{2,})+")
 _THIN_SPACE = re.compile(r"\\[,!]")
 
 
@@ -80,8 +84,33 @@ def _equal(right: str, found: str, bare: bool = True) -> bool | None:
     from math_verify import verify
 
     gold = [] if _WORDS.fullmatch(right.strip()) else _expressions(right)
+    if not gold:
+        return None
+    if bare and (_HEDGE.search(found) and not _HEDGE.search(right)):
+        return False
+    answer = _expressions(found) if bare else _parse(found)
+    if bare and getattr(gold[0], "is_Rational", False) and (_BINOMIAL.search(found) or not _is_number(answer)):
+        return False
     # limits of time are the caller's: math-verify's own work in a main thread only
-    return verify(gold, _expressions(found) if bare else _parse(found), timeout_seconds=None) if gold else None
+    return verify(gold, answer, timeout_seconds=None)
+
+
+def _is_number(answer: list) -> bool:
+    """Whether an answer is a number written out, not a sum or product that is still to be worked out: a question's own
+    `17 \\times 3` is no answer to it."""
+    from sympy import Add, Integer, Mul, NumberSymbol, Pow, Rational, UnevaluatedExpr, preorder_traversal
+    from sympy.core.relational import Relational
+
+    if not answer or isinstance(answer[0], str):
+        return True  # nothing, or a text: not equal to a number anyway
+    tree = answer[0].rhs if isinstance(answer[0], Relational) else answer[0]
+    for node in [tree, *tree.args]:
+        factors = [f for f in node.args if isinstance(f, Integer) and abs(f) != 1] if isinstance(node, Mul) else []
+        mixed = isinstance(node, Add) and sorted(type(part) is Integer for part in node.args) == [False, True]
+        if len(factors) > 1 or (isinstance(node, Add) and not (mixed and all(p.is_Rational for p in node.args))):
+            return False
+    known = (Add, Mul, Pow, NumberSymbol, Rational, UnevaluatedExpr)
+    return all(isinstance(node, known) or node.is_Number or node.is_Symbol for node in preorder_traversal(tree))
 
 
 @lru_cache(maxsize=4096)
@@ -89,6 +118,8 @@ def _expressions(answer: str) -> list:
     """Of a text that is an answer and nothing else. In a box it is LaTeX to math-verify: of a bare `3\\sqrt{2}` or
     `[0, 1)` it would take one number."""
     answer = _THIN_SPACE.sub("", answer[:_READ]).strip().strip("$").strip()
+    if counted := _COUNTED.fullmatch(answer):
+        answer = counted[1]
     return _parse(f"\\boxed{{{answer}}}") or _parse(answer)
 
 

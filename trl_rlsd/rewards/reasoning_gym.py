@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-from trl_rlsd.rewards.answer import after_thinking
+from trl_rlsd.rewards.answer import after_thinking, final_answer
 from trl_rlsd.rewards.grading import Reward
 from trl_rlsd.rewards.pool import run_all
 
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+_REMARK = re.compile(r"\.(?:\s|$)|\s\(")
 # reasoning-gym 0.1.25: these scorers evaluate the answer as Python, itself or through sympy
 EVALUATED = frozenset(
     ("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",
@@ -34,17 +35,21 @@ _FUNCTIONS = frozenset(
 class ReasoningGymReward(Reward):
     """The scorer's verdict on each completion's answer; 1 is right. Scorers may give partial credit.
 
-    The answer is the last `<answer>...</answer>`; else, where the reference is a number, the last number in the text;
-    else the whole text. Only what follows a thinking block is read.
+    The answer is the last `<answer>...</answer>`, else what is boxed or stated ("the answer is"), else, where the
+    reference is a number, the last number in the text, else the whole text. Only what follows a thinking block is
+    read. Ask for the tags in a system prompt: many tasks' answers are several lines.
 
     Some scorers evaluate the answer as Python. There, an answer that is more than numbers, names, lists, arithmetic
     and elementary functions is wrong, and never reaches the scorer.
 
     Args:
+        partial: keep the scorers' partial credit. Some give it lightly, such as half of the points for naming both
+            options. With False, an answer that has not the full score has 0.
         timeout: seconds to score one completion; one that takes longer has no reward.
         workers: processes to score in. [the cores]
     """
 
+    partial: bool = True
     timeout: float = 10.0
     workers: int | None = None
 
@@ -57,7 +62,8 @@ class ReasoningGymReward(Reward):
 
     def grade_all(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float | Exception]:
         calls = [(text, row["reasoning_gym"]) for text, row in zip(texts, rows, strict=True)]
-        return run_all(_score, calls, timeout=self.timeout, workers=self.workers)
+        scores = run_all(_score, calls, timeout=self.timeout, workers=self.workers)
+        return scores if self.partial else [s if isinstance(s, Exception) else float(s >= 1.0) for s in scores]
 
 
 def _score(text: str, problem: str) -> float:
@@ -97,15 +103,17 @@ def extract_answer(text: str, reference: str) -> str | None:
     tagged = tagged_answer(text)
     if tagged is not None:
         return tagged
-    if _NUMBER.fullmatch(reference):
-        return last_number(text)
-    return text.strip() or None
+    stated = final_answer(text)
+    if not _NUMBER.fullmatch(reference):
+        return (stated.strip("*$ ") if stated else text.strip()) or None
+    # what follows the answer's sentence, or stands in brackets behind it, is no part of it
+    return (last_number(_REMARK.split(stated)[0]) if stated else None) or last_number(text)
 
 
 def last_number(text: str) -> str | None:
     """The last number in a text, None where there is none: the `contrast_reference` of tasks with numbers."""
     numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    return numbers[-1].replace(",", "") if numbers else None
 
 
 @cache
