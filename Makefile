@@ -29,7 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Under 15 minutes on 2 cores. DEVICE=cuda takes the GPU's sizes.
+# Under 20 minutes on 2 cores. DEVICE=cuda takes the GPU's sizes.
 DEVICE ?= cpu
 BENCHMARKS := loss_paths teacher_pass update_time scaling rewards code_reward
 

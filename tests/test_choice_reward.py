@@ -106,6 +106,99 @@ def test_several_options_are_none(text):
     assert letters([text]) == [""]
 
 
+SOLE = dict(zip("ABCD", ["London", "Paris", "Rome", "Berlin"], strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"options": SOLE}], ids=["letters", "texts"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B is correct.",
+        "So B is the correct answer.",
+        "The correct option: B",
+        "The correct choice is (B)",
+        "The answer would be B.",
+        "The answer should be B",
+        "Therefore, B.",
+        "✅ **B) Paris**",
+        "**Correct answer:** ✅ B",
+        '{"answer": "B"}',
+        "Answer: B.Paris",
+        "(A) is wrong. (B) is right.",
+        "I choose B.",
+        "My choice is B",
+        "I'd go with B.",
+        "(A) is wrong, (B) is right.",
+        "A is not correct, but B is correct.",
+        "It is in France. Therefore, B.",
+        "Option B is correct.",
+        "**B** is the correct answer.",
+        "A. London\nB. Paris\nC. Rome\nD. Berlin\n\nB. Paris",
+        "Question?\nA. London\nB. Paris\nC. Rome\nD. Berlin\n\nAnswer: B",
+        "The correct answer is B because A is correct only in England.",
+        "A. London is wrong.\nB. Paris is correct.",
+        "The answer is (B) since (A) and (C) are odd.",
+        "B is the best answer.",
+    ],
+)
+def test_an_option_that_is_chosen_or_called_correct_is_stated(text, options):
+    assert letters([text], **options) == ["B"]
+
+
+@pytest.mark.parametrize("options", [{}, {"options": SOLE}], ids=["letters", "texts"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A is a vowel",
+        "B or C",
+        "A or B is correct",
+        "Either A or B is correct.",
+        "B is correct. C is correct.",
+        "B is not correct",
+        "B is incorrect",
+        "B is wrong",
+        "B isn't correct.",
+        "I don't think B is correct.",
+        "Is B correct?",
+        "If B is correct, fine.",
+        "Neither A nor B is correct.",
+        "A and B is correct",
+        "I choose either A or B.",
+        "I choose B or C",
+        "I don't choose B.",
+        "The correct option: B or C",
+        "The answer should be B or C",
+        "Therefore, B or C.",
+        "My choice is not B",
+        "Vitamin C is correct",
+        "So A nice day is right",
+        "The wrong option is B",
+    ],
+)
+def test_a_doubt_a_denial_and_a_contradiction_state_no_option(text, options):
+    assert letters([text], **options) == [""]
+
+
+LISTS = ["A. {}\nB. {}\nC. {}\nD. {}", "A) {}\n\nB) {}\n\nC) {}\n\nD) {}", "(A) {} (B) {} (C) {} (D) {}"]
+LISTS += ["- **A.** {}\n- **B.** {}\n- **C.** {}\n- **D.** {}", "A. {} B. {} C. {} D. {}", "A\nB\nC\nD"]
+
+
+@pytest.mark.parametrize("options", [{}, {"options": SOLE}], ids=["letters", "texts"])
+@pytest.mark.parametrize(
+    "asked", ["", "Choose the correct answer:\n", "The correct option is: ", "What is it? Answer: "]
+)
+@pytest.mark.parametrize("listed", LISTS)
+def test_a_list_of_the_options_is_no_answer(listed, asked, options):
+    echo = asked + listed.format(*SOLE.values())
+    assert letters([echo, f"{echo}\n{echo}", f"{echo}\n\nB"], **options) == ["", "", "B"]
+
+
+@pytest.mark.parametrize("asked", ["", "Options:\n", "The answer is:\n"])
+def test_a_list_of_the_texts_is_no_answer(asked):
+    echo = asked + "\n".join(SOLE.values())
+    assert letters([echo, f"{echo}\n\nParis"], options=SOLE) == ["", "B"]
+
+
 @pytest.mark.parametrize(
     "text, chosen",
     [
@@ -217,6 +310,14 @@ HOSTILE = [
     "<think>" * 140_000,
     "\\boxed{A",
     "<answer>A",
+    "A. Paris\n" * 100_000,
+    "A. Paris\nB. New York\n" * 50_000,
+    "(A) x " * 160_000,
+    "A is correct. B is right. " * 40_000,
+    "so " * 300_000,
+    "I choose " * 100_000,
+    "\n" * 10**6 + "option" + " " * 10**6,
+    "A is " + "the " * 250_000,
 ]
 
 

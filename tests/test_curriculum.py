@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,7 +234,36 @@ def test_without_the_reward_it_stays(tmp_path):
 def test_another_metric_can_decide(tmp_path):
     curriculum = Curriculum(STAGES, window=2, metric="rewards/seen/mean")
     assert run(tmp_path, curriculum=curriculum)[1].stage == 1
-    assert run(tmp_path, curriculum=Curriculum(STAGES, window=2, metric="nonesuch"))[1].stage == 0
+
+
+def test_a_metric_that_is_not_logged_is_refused_at_the_first_log(tmp_path):
+    seen = Seen()
+    curriculum = Curriculum((replace(STAGES[0], max_steps=3), STAGES[1]), metric="rewards/sen/mean")
+    built = trainer(tmp_path, data=data(), reward=seen, callbacks=[curriculum], max_steps=7, max_completion_length=2)
+    with pytest.raises(ValueError, match=r"metric='rewards/sen/mean'.*'reward'.*'rewards/seen/mean'") as error:
+        built.train()
+    assert "loss" not in str(error.value)
+    assert built.state.global_step == 1
+
+
+def reading(curriculum, layout=ONE_BY_ONE):
+    """The stage after each of a list of logs."""
+    curriculum._progress, curriculum._sampler = Progress(), SimpleNamespace(starts=(0,), layout=layout)
+
+    def after(logs):
+        for step, entry in logs:
+            curriculum.on_log(None, SimpleNamespace(global_step=step), None, logs=entry)
+        return curriculum.stage
+
+    return after
+
+
+def test_steps_end_a_stage_also_where_the_metric_is_logged_but_sometimes():
+    curriculum = Curriculum([Stage(until=0.5, max_steps=3), Stage()], metric="own")
+    after = reading(curriculum)
+    assert after([(1, {"reward": 0.0, "own": 0.0}), (2, {"reward": 0.0})]) == 0
+    assert after([(3, {"eval_reward": 1.0}), (3, {"train_loss": 0.0})]) == 0, "these are not of training steps"
+    assert after([(3, {"reward": 0.0})]) == 1
 
 
 def test_without_shuffling_the_datasets_order_stays(tmp_path):
@@ -322,13 +352,23 @@ def test_the_curriculum_changes_nothing_but_the_rows(tmp_path):
         (Curriculum([Stage(at_least=2.0, until=1.0), Stage()]), {}, "Stage 1 of 2, .* holds no row.*from 0 to 0.9"),
         (Curriculum([Stage()]), {"ignore_data_skip": True}, "ignore_data_skip=True"),
         (Curriculum([Stage()]), {"logging_strategy": "no"}, "logging_strategy='no'"),
+        (Curriculum([Stage()]), {"save_strategy": "steps", "save_steps": 3, "logging_steps": 2},
+         "save_steps=3 is no multiple of logging_steps=2"),
+        (Curriculum([Stage()]), {"save_strategy": "steps", "save_steps": 0.3, "logging_steps": 2, "max_steps": 10},
+         "save_steps=3 is no multiple of logging_steps=2"),
         (Curriculum([Stage()]), {"per_device_train_batch_size": 26}, "12 rows, fewer than the 13 prompts"),
         (Curriculum([Stage()]), {"remove_unused_columns": True}, "no column 'pass_rate'.*remove_unused_columns=False"),
     ],
-)
+)  # fmt: skip
 def test_what_a_curriculum_cannot_follow_is_refused_when_training_begins(tmp_path, curriculum, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, curriculum=curriculum, **options)
+
+
+def test_checkpoints_that_fall_on_logs_are_accepted(tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", logging_steps=2)
+    assert run(tmp_path, save_steps=4, **options)[0]
+    assert run(tmp_path, **{**options, "save_strategy": "no", "save_steps": 3})[0], "nothing is saved between logs"
 
 
 def test_a_stream_has_no_rows_to_choose_from(tmp_path):

@@ -6,10 +6,12 @@ import threading
 import time
 
 import pytest
+from datasets import Dataset
 
 
 pytest.importorskip("jsonschema_rs")
 
+from trl_rlsd.checks import check_rewards
 from trl_rlsd.rewards.fences import fenced_blocks, last_block
 from trl_rlsd.rewards.grading import CannotGrade
 from trl_rlsd.rewards.json_schema import JSONSchemaReward, find_json, grade, json_schema_reward
@@ -87,7 +89,31 @@ def test_valid_json_is_right_and_any_other_wrong():
 def test_one_schema_serves_all_rows():
     reward = JSONSchemaReward(schema=POINT)
     assert reward(None, ['{"x": 1}', "{}"]) == [1.0, 0.0]
+    assert reward(None, ['{"x": 1}', "{}"], schema=[None, ANY]) == [1.0, 0.0], "the option counts, not the column"
     assert pickle.loads(pickle.dumps(reward)) == reward
+
+
+def test_the_columns_that_are_required_are_those_that_are_read():
+    with_answer = dict(answer_column="answer")
+    for options, columns in [
+        ({}, ("schema",)),
+        (with_answer, ("schema", "answer")),
+        ({"schema": POINT}, ()),
+        ({"schema": POINT, **with_answer}, ("answer",)),
+    ]:
+        reward = JSONSchemaReward(**options)
+        assert reward.required_columns == columns
+        rows = {"prompt": ["q"], **{name: ['{"x": 1}'] for name in columns}}
+        check_rewards(reward, Dataset.from_dict(rows))
+        assert reward(None, ['{"x": 1}'], **{name: rows[name] for name in columns}) == [1.0]
+        for name in columns:
+            with pytest.raises(ValueError, match=f"needs the column '{name}'"):
+                check_rewards([reward], Dataset.from_dict(rows).remove_columns(name))
+
+
+def test_one_schema_leaves_a_row_without_a_reference_to_other_rewards():
+    reward = JSONSchemaReward(schema=POINT, answer_column="answer")
+    assert reward(None, ['{"x": 1}'] * 2, answer=[None, '{"x": 1}']) == [None, 1.0]
 
 
 @pytest.mark.parametrize(

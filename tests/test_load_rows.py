@@ -10,8 +10,9 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, disable_progress_bars, enable_progress_bars
 
 from trl_rlsd.data.load import load_rows
-from trl_rlsd.data.presets import PRESETS, Field, Preset, boxed, fitting_presets, gsm8k_answer, presets_for
+from trl_rlsd.data.presets import PRESETS, Field, Preset, fitting_presets, presets_for
 from trl_rlsd.data.privileged import Documents
+from trl_rlsd.data.readers import after_start, boxed, gsm8k_answer
 from trl_rlsd.rewards import get_reward
 
 
@@ -28,12 +29,18 @@ DAPO = (
     "$Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $f(2)$.\n\nRemember to put your "
     'answer on its own line after "Answer:".'
 )
+CLOSE = (
+    "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
+    '    """ Check if in given list of numbers, are any two numbers closer to each other than\n    given threshold.\n'
+    '    >>> has_close_elements([1.0, 2.0, 3.0], 0.5)\n    False\n    """\n'
+)
 HUMANEVAL = {
     "task_id": "HumanEval/0",
-    "prompt": "def double(x):\n",
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4",
-    "entry_point": "double",
+    "prompt": CLOSE,
+    "canonical_solution": "    pairs = zip(sorted(numbers), sorted(numbers)[1:])\n    for a, b in pairs:\n"
+    "        if b - a < threshold:\n            return True\n\n    return False\n",
+    "test": "def check(candidate):\n    assert candidate([1.0, 1.1], 0.5)",
+    "entry_point": "has_close_elements",
 }
 APPS = {"problem_id": 0, "difficulty": "interview", "url": "https://example.org"}
 
@@ -193,9 +200,10 @@ SCHEMAS = {
     ),
     "humaneval": (
         HUMANEVAL,
-        "Complete this function:\n```python\ndef double(x):\n\n```\n\nGive the whole program in a ```python block.",
-        "def double(x):\n    return 2 * x",
-        {"tests": "def check(candidate):\n    assert candidate(2) == 4\n\ncheck(double)"},
+        f"Complete this function:\n```python\n{CLOSE}\n```\n\nGive the whole program in a ```python block.",
+        "pairs = zip(sorted(numbers), sorted(numbers)[1:])\nfor a, b in pairs:\n    if b - a < threshold:\n"
+        "        return True\n\nreturn False",
+        {"tests": "def check(candidate):\n    assert candidate([1.0, 1.1], 0.5)\n\ncheck(has_close_elements)"},
     ),
 }
 
@@ -235,7 +243,7 @@ def test_every_preset_is_tested():
 def test_a_preset_makes_prompt_context_and_the_rewards_columns(name, suffix, tmp_path, databases):
     row, prompt, context, kept = SCHEMAS[name]
     file = write(tmp_path / f"data{suffix}", [row])
-    rows = load_rows(file, preset=name, **options_of(name, databases))
+    rows = load_rows(file, preset=name, contamination="refuse", **options_of(name, databases))
     kept = {
         column: value.format(root=tmp_path.resolve()) if column == "database" else value
         for column, value in kept.items()
@@ -245,6 +253,33 @@ def test_a_preset_makes_prompt_context_and_the_rewards_columns(name, suffix, tmp
         "privileged_context": [context],
         **{column: [value] for column, value in kept.items()},
     }
+
+
+def test_starter_code_that_the_prompt_shows_is_not_privileged():
+    signature = "def grow(self, left: int, right: int, up: int, down: int, kind: str, size: int) -> int:"
+    starter = f"\nclass Solution:\n    {signature}\n        "
+    row = {**SCHEMAS["apps"][0], "question": "Grow.", "starter_code": starter}
+    for body in ("total = left + right\nreturn total", "return left + right + up + down + size"):
+        indented = "".join(f"        {line}\n" for line in body.splitlines())
+        row["solutions"] = json.dumps([f"class Solution:\n    {signature}\n{indented}"])
+        rows = load_rows(Dataset.from_list([row]), preset="apps")
+        assert rows["privileged_context"][:] == [body]
+        assert signature in rows[0]["prompt"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "code, start, rest",
+    [
+        ("def f(x):\n\treturn x", "def f(x):\n\t", "return x"),
+        ("def f( x ):\n    a = x\n    return a\n", "def f(x):", "a = x\nreturn a"),
+        ("import re\ndef f(x):\n    return x", "def f(x):", "import re\ndef f(x):\n    return x"),
+        ("def f(x):", "def f(x):", "def f(x):"),
+        ("print(1)\n", "", "print(1)\n"),
+        ("print(1)\n", None, "print(1)\n"),
+    ],
+)
+def test_only_lines_that_code_begins_with_are_left_out(code, start, rest):
+    assert after_start(code, start) == rest
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -415,6 +450,29 @@ def test_rows_that_are_ready_stay_as_they_are():
     assert load_rows(data, limit=1)[:] == data[:1]
     with pytest.raises(ValueError, match=r"1 of 1 rows.*row 0 \(privileged_context: the prompt states 'Answer: 4'"):
         load_rows(Dataset.from_list([{"prompt": "Answer: 4", "privileged_context": "4"}]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("contamination", ["refuse", "ignore"])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"prompt": "2+2?", "privileged_context": 4}, "Column 'privileged_context' is of type int64;.*str"),
+        ({"prompt": "2+2?", "privileged_context": 4.5}, "'privileged_context' is of type float64"),
+        ({"prompt": "2+2?", "privileged_context": ["4"]}, r"'privileged_context' is of type List\("),
+        ({"prompt": 22, "privileged_context": "4"}, "Column 'prompt' is of type int64"),
+    ],
+)
+def test_ready_columns_that_are_no_text_are_refused_by_name(tmp_path, suffix, contamination, row, said):
+    file = write(tmp_path / f"data{suffix}", [row])
+    with pytest.raises(TypeError, match=said):
+        load_rows(file, contamination=contamination)
+
+
+@pytest.mark.parametrize("context", ["4", None, [{"role": "user", "content": "4"}]])
+def test_ready_columns_may_be_text_messages_or_empty(context):
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": "2+2?"}], "privileged_context": context}])
+    assert load_rows(data)[:] == data[:]
 
 
 def test_plain_text_prompts_and_plain_grpo_can_be_asked_for():

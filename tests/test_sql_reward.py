@@ -328,6 +328,35 @@ def test_a_reference_has_at_most_max_rows(caplog):
     assert "max_rows=2" in caplog.text
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "reference", ["SELECT id FROM t WHERE id > 3", "SELECT max(id) FROM t WHERE id > 3", "SELECT NULL FROM t"]
+)
+def test_a_reference_that_gives_nothing_is_judged_on_demand_alone(reference, engine, caplog):
+    queries = [reference, "SELECT 1"]
+    assert graded(queries, reference, engine=engine) == [None, None]
+    assert "gives no rows, or NULLs alone" in caplog.text
+    assert "empty_reference=True" in caplog.text
+    assert graded(queries, reference, engine=engine, empty_reference=True) == [1.0, 0.0]
+
+
+def test_an_empty_query_earns_nothing_by_default():
+    assert graded(["SELECT 1 WHERE 0"], "SELECT id FROM t WHERE id > 3", empty_reference=True) == [1.0]
+    assert graded(["SELECT 1 WHERE 0"], "SELECT id FROM t WHERE id > 3") == [None]
+    assert graded(["SELECT 1 WHERE 0"], "SELECT id FROM t") == [0.0]
+
+
+def test_a_reference_with_some_nulls_or_a_zero_is_judged():
+    assert graded(["SELECT price FROM t"], "SELECT price FROM t") == [1.0]
+    assert graded(["SELECT 0"], "SELECT count(*) FROM t WHERE id > 3") == [1.0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("reference", ["UPDATE t SET id = 9", "INSERT INTO t VALUES (9, 'c', 1)", "DELETE FROM t"])
+def test_a_reference_that_is_no_query_gives_no_reward(reference, engine):
+    assert graded([reference, "SELECT 1"], reference, engine=engine) == [None, None]
+
+
 def test_a_database_that_cannot_be_read_is_not_a_wrong_answer(folder, caplog):
     (folder / "junk.db").write_bytes(b"junk" * 2000)
     (folder / "busy.db").write_bytes((folder / "shop #1?.db").read_bytes())

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +23,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from trl_rlsd.data.generate import Endpoint, LocalModel, SourceFailed
 from trl_rlsd.data.pass_rate import pass_rate
 from trl_rlsd.data.traces import verified_traces, without_tags
+from trl_rlsd.rewards.json_schema import JSONSchemaReward
 
 
 pytest.importorskip("openai")
@@ -415,9 +416,10 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path):
             (problems(), endpoint(server, model="n"), Graded(), "model was 'm' and is now 'n'"),
             (problems(), endpoint(server, temperature=0.5), Graded(), "temperature was 1.0 and is now 0.5"),
             (problems(), endpoint(server, extra={"min_p": 0.1}), Graded(), r"extra\.min_p was None and is now 0\.1"),
-            (problems(5), endpoint(server), Graded(), "rows was 4 and is now 5"),
+            (problems(3), endpoint(server), Graded(), "rows was 4 and is now 3"),
+            (problems(6).select([1, 2, 3, 4, 5]), endpoint(server), Graded(), "rows was 4 and is now 5.*prompts was"),
             (problems().select([1, 0, 2, 3]), endpoint(server), Graded(), "prompts was"),
-            (problems(), endpoint(server), right, "reward was 'Graded.wanted=1.' and is now 'right'"),
+            (problems(), endpoint(server), right, r"reward was 'Graded\(\)' and is now 'right'"),
             (problems(), endpoint(server), Graded(2), "wanted=2.*regrade=True"),
             (Dataset.from_dict({**other, "answer": ["0"] * 4}), endpoint(server), Graded(), "references was.*regrade"),
         ]
@@ -429,6 +431,46 @@ def test_a_journal_of_other_settings_is_refused_by_name(tmp_path):
         moved = endpoint(server, base_url=server.url + "/", concurrency=1, timeout=9.0)
         verified_traces(problems(), moved, Graded(), output)
         assert server.asked == asked
+
+
+def test_a_dataset_that_was_appended_to_goes_on(tmp_path):
+    output = tmp_path / "t.jsonl"
+    with serving(nth_is_right(1)) as server:
+        for rows in (2, 4, 4, 5):
+            found = verified_traces(problems(rows), endpoint(server), Graded(), output)
+            assert found["trace"] == [f"so {i}" for i in range(rows)]
+        assert server.asked == {f"q{i}": 1 for i in range(5)}, "each prompt is paid for once"
+        assert [e["header"]["rows"] for e in entries(output) if "header" in e] == [2, 4, 5]
+        assert sum("reward" in entry for entry in entries(output)) == 5, "no verdict is given twice"
+        with pytest.raises(ValueError, match="rows was 5 and is now 4"):
+            verified_traces(problems(4), endpoint(server), Graded(), output)
+        with pytest.raises(ValueError, match=r"wanted=2.*regrade=True"):
+            verified_traces(problems(6), endpoint(server), Graded(2), output)
+        other = Dataset.from_dict({"prompt": [f"q{i}" for i in range(6)], "answer": ["x"] + ["1"] * 5})
+        with pytest.raises(ValueError, match=r"references was.*regrade=True"):
+            verified_traces(other, endpoint(server), Graded(), output)
+        anew = verified_traces(problems(6), endpoint(server), Graded(2), output, samples=1, regrade=True)
+        assert anew["trace"] == [None] * 6, "the verdicts of the old reward are gone"
+        assert server.asked == {f"q{i}": 1 for i in range(6)}
+
+
+@dataclass(frozen=True)
+class Timed(Graded):
+    key: str = field(default="k", repr=False)
+    marks: list = field(default_factory=list)
+    timeout: float = 1.0
+    workers: int | None = None
+
+
+def test_how_a_reward_is_run_does_not_change_its_verdicts(tmp_path):
+    output = tmp_path / "t.jsonl"
+    with serving(nth_is_right(1)) as server:
+        call = lambda reward: verified_traces(problems(), endpoint(server), reward, output)  # noqa: E731
+        call(Timed())
+        call(Timed(timeout=9.0, workers=2, key="secret"))
+        assert entries(output)[0]["header"]["reward"] == "Timed()"
+        with pytest.raises(ValueError, match=r"now 'Timed\(wanted=2, marks=\[1\]\)'.*regrade=True"):
+            call(Timed(wanted=2, marks=[1], workers=3))
 
 
 def test_completions_can_be_graded_anew_by_another_reward(tmp_path):
@@ -606,6 +648,15 @@ def test_a_reward_that_raises_loses_nothing(tmp_path):
     assert None not in rows["trace"]
     with pytest.raises(ValueError, match="gave 1 rewards for 4 completions"):
         verified_traces(problems(), endpoint(server), lambda **c: [1.0], output, samples=1, regrade=True)
+
+
+def test_a_reward_that_needs_no_column_grades_every_row(tmp_path):
+    pytest.importorskip("jsonschema_rs")
+    reward = JSONSchemaReward(schema='{"type": "integer"}')
+    rows = Dataset.from_dict({"prompt": ["q0", "q1"]})
+    with serving(lambda question, count: {"q0": "7", "q1": "no"}[question]) as server:
+        assert verified_traces(rows, endpoint(server), reward, tmp_path / "t.jsonl")["trace"] == ["7", None]
+        assert pass_rate(rows, endpoint(server), reward, samples=1)["pass_rate"] == [1.0, 0.0]
 
 
 def test_rows_without_a_reference_are_not_paid_for(tmp_path):

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,12 @@ class Contamination:
 def contaminated_rows(
     rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = ("privileged_context",), prompt: str = "prompt"
 ) -> list[Contamination]:
-    """The rows of a dataset whose prompt holds the text of one of the columns; either may be messages."""
+    """The rows of a dataset whose prompt holds the text of one of the columns; either may be messages.
+
+    Raises: TypeError, where a dataset's column holds neither text nor messages.
+    """
+    for column in (prompt, *columns):
+        _check_column(column, (getattr(rows, "features", None) or {}).get(column))
     found = []
     for index, row in enumerate(rows):
         texts = {column: prompt_text(row[column] or "") for column in columns}
@@ -103,6 +108,19 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
         parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
         texts.extend(parts)
     return "\n".join(texts)
+
+
+def _check_column(name: str, kind: Any) -> None:
+    if isinstance(kind, Value):
+        good = kind.dtype in ("string", "large_string", "string_view", "null")
+    else:
+        good = not isinstance(kind, List) or isinstance(kind.feature, dict)
+    if not good:
+        called = kind.dtype if isinstance(kind, Value) else str(kind)
+        raise TypeError(
+            f"Column {name!r} is of type {called}; it must be text or a list of messages. Convert it: dataset = "
+            f"dataset.map(lambda row: {{{name!r}: str(row[{name!r}])}}), or write it as text in the file."
+        )
 
 
 def _reason(prompt: str, text: str) -> str | None:

@@ -131,8 +131,8 @@ class Curriculum(TrainerCallback):
     that is not of the present stage alone do not count.
 
     The stage follows from the log that a checkpoint holds, and the rows from the stage: a resumed run draws what the
-    uninterrupted one would have. For that, `save_steps` must be a multiple of `logging_steps`: TRL forgets what it
-    has not logged.
+    uninterrupted one would have. For that, `save_steps` must be a multiple of `logging_steps`, and is refused
+    otherwise: TRL forgets what it has not logged.
 
     Args:
         stages: the first one first; every one but the last needs an end, `until` or `max_steps`.
@@ -141,7 +141,8 @@ class Curriculum(TrainerCallback):
         window: logs to average; a stage lasts at least as many, unless `max_steps` ends it.
         seed: of the order within stages. [the trainer's]
 
-    Raises: ValueError, here for the stages and, when training begins, for the data and the trainer's arguments.
+    Raises: ValueError, here for the stages; when training begins, for the data and the trainer's arguments; and at
+        the first log of rewards, where it has no `metric`.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Curriculum(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = train_dataloader.dataset
-        _check_arguments(args, train_dataloader)
+        _check_arguments(args, state, train_dataloader)
         values = _values(dataset, self.column)
         rows = [np.flatnonzero(stage.holds(values)) for stage in self.stages]
         for number, (stage, own) in enumerate(zip(self.stages, rows, strict=True), 1):
@@ -206,9 +207,16 @@ class Curriculum(TrainerCallback):
             logger.info(f"Curriculum: stage {self.stage + 1} of {len(self.stages)} follows step {state.global_step}.")
 
     def _read(self, logs: dict, step: int, layout: Layout) -> None:
-        if self.metric in logs:
-            self._progress = self._progress.after(step, logs[self.metric], self.stages, self.window, layout)
-            self._sampler.starts = self._progress.starts
+        if self.metric not in logs and "reward" not in logs:  # of an evaluation, or of the end
+            return
+        if self.metric not in logs and not self._progress.step:
+            there = ", ".join(repr(name) for name in sorted(logs) if name.startswith("reward"))
+            raise ValueError(
+                f"metric={self.metric!r} is not in the trainer's log, so no stage could end. Give one of {there}."
+            )
+        reward = logs.get(self.metric, math.nan)  # steps count for `max_steps` without it too
+        self._progress = self._progress.after(step, reward, self.stages, self.window, layout)
+        self._sampler.starts = self._progress.starts
 
 
 @dataclass(frozen=True)
@@ -328,7 +336,7 @@ class CurriculumSampler(Sampler):
         return np.random.default_rng([self._seed, stage, number]).permutation(rows) if self._shuffle else rows
 
 
-def _check_arguments(args, train_dataloader) -> None:
+def _check_arguments(args, state, train_dataloader) -> None:
     if not isinstance(train_dataloader.dataset, Dataset) or not hasattr(train_dataloader, "set_sampler"):
         raise ValueError(
             f"A curriculum draws rows by number: train_dataset must be a datasets.Dataset (it is a "
@@ -339,6 +347,12 @@ def _check_arguments(args, train_dataloader) -> None:
         raise ValueError("ignore_data_skip=True: a resumed curriculum would begin its epoch again. Set it to False.")
     if args.logging_strategy == "no":
         raise ValueError("logging_strategy='no': a curriculum reads the reward from the log. Use 'steps'.")
+    # the state has both in steps, also where they were given as parts of the run
+    if args.save_strategy == args.logging_strategy == "steps" and state.save_steps % state.logging_steps:
+        raise ValueError(
+            f"save_steps={state.save_steps} is no multiple of logging_steps={state.logging_steps}: a checkpoint "
+            "between two logs lacks rewards, and the run resumed from it would draw other rows. Change one of them."
+        )
 
 
 def _values(dataset: Dataset, column: str) -> np.ndarray:

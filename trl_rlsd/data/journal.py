@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]  # row, number of the completion
 RewardFunc = Callable[..., Sequence[float | None]]
+Header = Callable[[int], dict[str, Any]]
 
 # completions that a reward gets at one time
 _GRADED_AT_ONCE = 32
@@ -35,15 +36,19 @@ _GRADED_EVERY = 5.0
 _HEADER = b'{"header"'
 # what may change in a journal whose completions are graded again
 _GRADER = ("reward", "references")
+# a reward's options that say how it is run
+_RUNNING = ("workers", "timeout")
 
 
 class Journal:
     """Lines of JSON that are only ever appended: `{"header": ...}`, `{"row", "sample", "text"}` for a completion and
-    `{"row", "sample", "reward"}` for its verdict. One process writes at a time.
+    `{"row", "sample", "reward"}` for its verdict. One process writes at a time. A dataset may grow at its end: a
+    header with `"longer"` leaves the verdicts before it as they are.
 
     Args:
         path: None to keep all in memory.
-        header: what completions and verdicts depend on.
+        header: number of the first rows -> what their completions and verdicts depend on.
+        rows: of the dataset.
         keep_from: the least reward whose text is still wanted in memory once it is graded.
         regrade: take a journal whose verdicts are of another reward, without its verdicts.
 
@@ -51,7 +56,7 @@ class Journal:
         ValueError: the file is of other completions, is being written to, or is damaged elsewhere than at its end.
     """
 
-    def __init__(self, path: Path | None, header: dict[str, Any], keep_from: float, regrade: bool = False):
+    def __init__(self, path: Path | None, header: Header, rows: int, keep_from: float, regrade: bool = False):
         self.texts: dict[Key, str] = {}
         self.rewards: dict[Key, float] = {}
         self._keep_from, self._lock, self._file = keep_from, threading.Lock(), None
@@ -62,9 +67,13 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             found = self._read(self._file, path)
-            if found is None or _differences(path, found, header, regrade):
+            now, known = header(rows), rows if found is None else found.get("rows", rows)
+            longer = known < rows and _same_completions(found, header(known))
+            if found is None or _differences(path, found, header(known) if longer else now, regrade):
                 self.rewards.clear()
-                self._append({"header": header})
+                self._append({"header": now})
+            elif longer:
+                self._append({"header": now, "longer": True})
         except BlockingIOError:
             self.close()
             raise ValueError(f"Another process is writing to {path}. Let it finish, or end it.") from None
@@ -120,7 +129,8 @@ class Journal:
                 raise ValueError(f"{path} is no journal: its first line has no 'header'. Give another output.")
             if "header" in entry:
                 header = entry["header"]
-                self.rewards.clear()  # a second header is that of another grader
+                if not entry.get("longer"):
+                    self.rewards.clear()  # of another grader
             elif "text" in entry:
                 self.texts[entry["row"], entry["sample"]] = entry["text"]
             else:
@@ -130,6 +140,10 @@ class Journal:
         if end == size and line and not line.endswith(b"\n"):
             file.write(b"\n")  # whole but for this
         return header
+
+
+def _same_completions(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return all(old.get(name) == new.get(name) for name in {**old, **new} if name not in _GRADER)
 
 
 def _differences(path: Path, old: dict[str, Any], new: dict[str, Any], regrade: bool) -> bool:
@@ -203,15 +217,19 @@ class GradedSamples:
         required = getattr(reward, "required_columns", ())
         references = dataset[required[0]] if required else self.prompts
         self.rows = [row for row, reference in enumerate(references) if reference is not None]
-        header = {**source.settings, "reward": _name(reward), "rows": len(dataset), "prompts": _digest(self.prompts)}
-        if required:
-            header["references"] = _digest([list(dataset[column]) for column in required])
         keep_from = threshold if keep_texts else math.inf
-        self.journal = Journal(journal, json.loads(json.dumps(header, default=str)), keep_from, regrade)
+        self.journal = Journal(journal, self._header, len(dataset), keep_from, regrade)
         self.accepted = {key for key, reward in self.journal.rewards.items() if reward >= threshold}
         self.failed, self.first_failure = 0, None
         if self.journal.texts or self.journal.rewards:
             logger.info("%s goes on with %d verdicts of earlier calls.", journal, len(self.journal.rewards))
+
+    def _header(self, rows: int) -> dict[str, Any]:
+        prompts = _digest(self.prompts[:rows])
+        header = {**self.source.settings, "reward": _name(self.reward), "rows": rows, "prompts": prompts}
+        if required := getattr(self.reward, "required_columns", ()):
+            header["references"] = _digest([list(self.dataset[column])[:rows] for column in required])
+        return json.loads(json.dumps(header, default=str))  # as it is read again
 
     def __enter__(self) -> GradedSamples:
         return self
@@ -317,8 +335,17 @@ def _prompt(row: int, prompt: Any) -> Prompt:
 
 
 def _name(reward: RewardFunc) -> str:
-    """With its options, where it shows them."""
-    return repr(reward) if is_dataclass(reward) else getattr(reward, "__name__", type(reward).__name__)
+    """Of a dataclass, with the options that it was given, but for those that say how it is run."""
+    if not is_dataclass(reward) or isinstance(reward, type):
+        return getattr(reward, "__name__", type(reward).__name__)
+    shown = [field for field in fields(reward) if field.repr and field.name not in _RUNNING]
+    options = {field.name: (repr(getattr(reward, field.name)), repr(_default(field))) for field in shown}
+    given = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+    return f"{type(reward).__name__}({', '.join(given)})"
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _digest(values: Any) -> str:

@@ -33,7 +33,8 @@ def verified_traces(
 
     Each completion is written to `OUTPUT.journal` when it arrives, and its verdict when it is graded. The same
     call goes on from there, after a kill or a lost connection too: nothing that has arrived is asked for again, and
-    what failed is tried again. More `samples` may be asked for then. At most the requests under way are lost.
+    what failed is tried again. More `samples` may be asked for then, and rows be added behind the others. At most the
+    requests under way are lost.
 
     Args:
         dataset: with `prompt` (text or messages without images) and the columns that the reward reads. Rows with None

@@ -22,17 +22,42 @@ _MARKS = " .:,;)]-–—"
 # letter -> text, None where only the letter is known
 Options = Mapping[str, str | None]
 _LETTERS: Options = dict.fromkeys(ascii_uppercase)
-# LaTeX and Markdown around a letter: \text{B}, $\mathbf{(B)}$, \(B\), **B**
-_MARKUP = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|tt)?(?=\s*\{)|\\[ ,;:!()\[\]]|\*\*|[{}$`\"“”]")
+# LaTeX, Markdown, JSON and ticks around a letter: \text{B}, $\mathbf{(B)}$, \(B\), **B**, "B", ✅ B
+_MARKUP = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|tt)?(?=\s*\{)|\\[ ,;:!()\[\]]|\*\*|[{}$`\"“”✅✔☑\uFE0F]")
 _LEAD = re.compile(
-    r"(?:(?:the|correct|best|right|final|most|likely|probably|clearly|definitely|option|choice|letter|is)\b[\s:]*+)*+",
-    re.IGNORECASE,
+    r"(?i)(?:(?:the|correct|best|right|final|most|likely|probably|clearly|definitely|either|both|option|"
+    r"choice|letter|is)\b[\s:]*+)*+"
 )
 # what may follow an option in a statement: it tells "A, because" from "A bit" and "3" from "3.5"
 _END = r"(?=\s*+(?:$|[;:!?()\]/&+]|\.(?!\w)|,(?!\d)|[-–—]\s)|\s+(?:and|as|because|but|is|not|or|since|which)\b)"
-_JOINED = re.compile(r"[\s)\]]*+(?:,|/|&|\+|\band\b|\bor\b)[\s/,]*+(?:(?:and|or)\b\s*)*+", re.IGNORECASE)
+_JOINED = re.compile(r"[\s)\]]*+(?:,|/|&|\+|\band\b|\bor\b)[\s/,]*+(?:(?:and|or)\b\s*)*+", re.I)
 _BRACKETS = re.compile(r"\s*\(([^()]*)\)")
 _DENIED = re.compile(r"\b(?:not|never|neither|nor|wrong|incorrect|false|eliminate|rule[sd]? out)\b|n['’]t\b", re.I)
+# before an option: "the correct option: B", {"answer": "B"}; "I'd go with B"; "Therefore, B." and nothing else
+_CUE = re.compile(
+    r"(?i)(?<!wrong )(?<!incorrect )\b(?:answer|option|choice)\s*+(?:(?:would|should|must|will|has\s+to)\s+be\b|is\b|:):?"
+    r"|(?<!if )\bI(?:\s+would|\s+will|['’]d|['’]ll)?\s+(?:choose|chose|pick|select|go\s+with)\b"
+    r"|(?P<conclusion>\b(?:so|therefore|thus|hence|conclusion)\b)[,:]?"
+)
+_UNCHOSEN = re.compile(r"[^.,;]{0,80}?\b(?:is|was)\s*(?:n['’]t|not|wrong|incorrect|false)\b", re.I)
+# what follows an option that is stated correct: not asked for, nor right under a condition or about something
+_CORRECT = (
+    r"\s+(?:is|(?:must|would|should)\s+be)\s+(?:(?:the|therefore|thus|clearly|indeed|most|likely|only|best)\s+){0,3}"
+    r"(?:(?:correct|right)\b(?!\s*\?|\s+(?:if|when|only|unless|about|angle))|(?:answer|option|choice)\b(?!\s*\?))"
+)
+# what may stand before it: not the "Vitamin" of "Vitamin C is correct"
+_BEFORE = (
+    r"(?:^|[.,;:!?)\n]|\b(?:so|therefore|thus|hence|that|and|but|only|because|since|while|means|option|choice|answer))"
+    r"\s{0,4}(?<![^\W_])"
+)
+_CLAUSE = re.compile(r"[.;!?\n]|\bbut\b|\b(?:correct|right|wrong|incorrect|false)\b(?!\s+(?:that|to)\b)", re.I)
+# no claim of one option: "if B is correct", "A and B is correct"
+_UNSURE = re.compile(
+    r"(?i)\b(?:if|whether|either|or|might|may|maybe|perhaps|could|suppose|assum\w+|unless|both)\b"
+    r"|\b(?-i:[A-Z0-9])\)?\s*(?:,|/|&|\band\b)[\s(]*$"
+)
+# an explanation, where the texts of a list's options are not known
+_EXPLAINED = re.compile(r"\b(?:and|or|as|because|but|is|are|may|not|since|which|unlike|while|wrong|correct)\b", re.I)
 
 
 @dataclass(frozen=True)
@@ -41,11 +66,12 @@ class ChoiceReward(Reward):
 
     An answer is a letter ("B", "(B)", "B. Paris", "option B", `\\boxed{\\text{B}}`) or, where the options are known,
     an option's text. It is read where it is stated: in a box, else in `<answer>` tags, else after `####`, "answer is"
-    or "answer:". Where none of these states an option, it is the first or last line, if that is an option and nothing
-    else, or the only option that the text marks as one: "(B)", "option B", a line that begins with "B.". The last
-    statement of a kind counts; one of several options ("B or C"), or of a letter beside another option's text, is
-    wrong. A statement may be in lower case; the "a" and "I" of prose are no options. Only what follows a thinking
-    block is read.
+    or "answer:", else after "the option is", "I choose" or "therefore". Where none of these states an option, it is
+    the only option called correct ("B is right"), else the first or last line, if that is an option and nothing else,
+    or the only option that the text marks as one: "(B)", "option B", a line that begins with "B.". The last statement
+    of a kind counts; one of several options ("B or C"), or of a letter beside another option's text, is wrong. A
+    statement may be in lower case; the "a" and "I" of prose are no options. A list of options is no answer. Only what
+    follows a thinking block is read.
 
     Not read: an answer in prose with none of these marks ("it must be Paris"), and right answers of several letters.
 
@@ -127,11 +153,50 @@ def chosen_option(text: str, options: Options) -> str | None:
     text = after_thinking(text)
     if text is None:
         return None
+    text = text[:-_READ] + _without_lists(text[-_READ:], options)
     for statement in _statements(text):
         found = _stated(" ".join(_MARKUP.sub(" ", statement).split()), options)
         if found is not None:
             return found or None
-    return _marked(_MARKUP.sub(" ", text[-_READ:]), options)
+    text = _MARKUP.sub(" ", text[-_READ:])
+    found = (read(text, options) for read in (_cued, _called_correct, _marked))
+    return next((label for label in found if label is not None), None) or None
+
+
+def _without_lists(text: str, options: Options) -> str:
+    """A text without the lists of options in it: who repeats the question has not answered."""
+    pattern, labels = _readers(tuple(options.items())).listed
+    runs: list[dict[str, re.Match]] = [{}]
+    for item in pattern.finditer(text):
+        label, last = labels[item.lastindex - 1], list(runs[-1].values())[-1:]
+        if options[label] is None and _EXPLAINED.search(item[0]):
+            continue
+        if label in runs[-1] or (last and text[last[0].end() : item.start()].strip(" \t\n,;|*•>-")):
+            runs.append({})
+        runs[-1][label] = item
+    for first, *_, last in (run.values() for run in reversed(runs) if len(run) > 1):
+        text = text[: first.start()] + "\n" + text[last.end() :]
+    return text
+
+
+def _cued(text: str, options: Options) -> str | None:
+    """The option after the last cue that has one."""
+    for cue in list(_CUE.finditer(text))[: -_STATEMENTS - 1 : -1]:
+        statement = " ".join(text[cue.end() :].lstrip().partition("\n")[0].split())
+        found = (_lone if cue["conclusion"] else _stated)(statement, options)
+        if found is not None and not _UNCHOSEN.match(statement):
+            return found
+    return None
+
+
+def _called_correct(text: str, options: Options) -> str | None:
+    """The only option that is stated to be correct."""
+    found, (pattern, labels) = set(), _readers(tuple(options.items())).correct
+    for stated in pattern.finditer(text):
+        before = _CLAUSE.split(text[max(0, stated.start() - 200) : stated.start("option")])[-1]
+        if not _DENIED.search(before) and not _UNSURE.search(before):
+            found.add(labels[stated.lastindex - 2])
+    return (found.pop() if len(found) == 1 else _SEVERAL) if found else None
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -216,6 +281,8 @@ class _Readers(NamedTuple):
     texts: tuple[re.Pattern, list[str]]  # a group for each of the labels
     letter: re.Pattern
     marked: tuple[re.Pattern, re.Pattern]  # anywhere in a line; at its start
+    listed: tuple[re.Pattern, list[str]]  # what may be of a list
+    correct: tuple[re.Pattern, list[str]]  # stated to be correct
 
 
 @lru_cache(maxsize=1024)
@@ -226,10 +293,17 @@ def _readers(options: tuple[tuple[str, str | None], ...]) -> _Readers:
     # longest first: "New York" is not "New York City"; an option "B" under the letter A is its text only where alone
     texts = sorted((x for x in texts if x[1] and x[1].casefold() not in known), key=lambda x: len(x[1]), reverse=True)
     longest_first = "|".join(f"({re.escape(text)})" for _, text in texts) or r"(?!)"
+    correct = [(label, rf"[(\[]?{re.escape(label)}[)\].]?") for label, _ in options]
+    correct += [(label, rf"(?i:{re.escape(text)})") for label, text in texts]
+    each = "|".join(f"({form})" for _, form in correct)
+    listed = [(label, _item(label, text, letters)) for label, text in options]
     return _Readers(
-        texts=(re.compile(rf"(?:{longest_first}){_END}", re.IGNORECASE), [label for label, _ in texts]),
+        listed=(re.compile("|".join(f"({form})" for _, form in listed), re.MULTILINE), [label for label, _ in listed]),
+        correct=(re.compile(rf"(?i:{_BEFORE})(?P<option>)(?:{each})(?i:{_CORRECT})"), [label for label, _ in correct]),
+        texts=(re.compile(rf"(?:{longest_first}){_END}", re.I), [label for label, _ in texts]),
         letter=re.compile(
-            rf"[(\[]?\s*(?P<label>{letters})(?![\w'’]|-\w)(?:\s*[)\]]|{_END}|(?P<word>\s))", re.IGNORECASE
+            rf"[(\[]?\s*(?P<label>{letters})(?![\w'’]|-\w)(?:\s*[)\]]|{_END}|(?-i:\.(?=[A-Z][a-z]))|(?P<word>\s))",
+            re.I,
         ),
         marked=(
             # not the (A) of P(A), "the choice I made", "the best option is A bit"
@@ -240,6 +314,17 @@ def _readers(options: tuple[tuple[str, str | None], ...]) -> _Readers:
             re.compile(rf"[\s#>•-]*+\(?({letters})[.):]\s+(.*)"),
         ),
     )
+
+
+def _item(label: str, text: str | None, letters: str) -> str:
+    """The pattern of an option in a list: "A. London", "(A) London" before "(B)", "A" or "London" alone on a line."""
+    label, ends = re.escape(label), rf"(?=[ \t.,;|*]*(?:$|[(\[*]*(?:{letters})[).:\]]))"
+    start, end = r"(?:^|(?<=:[ \t]))[ \t>*•-]{0,8}[(\[]?", r"[ \t.)\]*]{0,8}$"
+    if text is None:
+        inline, alone = rf"\(?\b{label}[.)][ \t]+[^\n()]{{1,80}}?{ends}", rf"{label}(?:[.):\]]\**[ \t]+[^\n]*$|{end})"
+        return rf"{inline}|{start}{alone}"
+    words = r"\s+".join(map(re.escape, text.split())) or r"(?!)"
+    return rf"(?<!\w)[(\[*]{{0,4}}{label}[).:\]*]+[ \t]*\**(?i:{words})\**{ends}|{start}(?:{label}|(?i:{words})){end}"
 
 
 def _bare(text: str) -> str:

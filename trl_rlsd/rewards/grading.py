@@ -41,7 +41,7 @@ class Reward(ABC):
     @abstractmethod
     def required_columns(self) -> tuple[str, ...]:
         """The dataset's columns without which there is nothing to compare with; a row with None in the first of them
-        is left to other rewards."""
+        is left to other rewards. Without any, every row is graded."""
 
     def check(self) -> None:
         """Asked before anything is generated. Raises: ImportError, naming what to install."""
@@ -72,7 +72,8 @@ class Reward(ABC):
                 f"{', '.join(map(repr, per_row)) or 'none'}. Rename one of them, or name it in the reward's options."
             )
         rows = [{name: values[i] for name, values in per_row.items()} for i in range(len(completions))]
-        graded = [i for i, row in enumerate(rows) if row[self.required_columns[0]] is not None]
+        first = self.required_columns[:1]
+        graded = [i for i, row in enumerate(rows) if all(row[name] is not None for name in first)]
         texts = [completion_text(completions[i]) for i in graded]
         rewards: list[float | None] = [None] * len(rows)
         failures: list[Exception] = []

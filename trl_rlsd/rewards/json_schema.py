@@ -75,20 +75,15 @@ class JSONSchemaReward(Reward):
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        return (self.schema_column,) if self.answer_column is None else (self.schema_column, self.answer_column)
-
-    def __call__(self, prompts, completions, log_metric=None, **columns: Any) -> list[float | None]:
-        if self.schema is not None:
-            columns[self.schema_column] = [self.schema] * len(completions)
-        return super().__call__(prompts, completions, log_metric, **columns)
+        schema = (self.schema_column,) if self.schema is None else ()
+        return schema if self.answer_column is None else (*schema, self.answer_column)
 
     def grade_all(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float | Exception]:
         _library()
-        calls = [
-            # in a tuple: a row may have a reference of None
-            (text, row[self.schema_column], (row[self.answer_column],) if self.answer_column else (), self.fields)
-            for text, row in zip(texts, rows, strict=True)
-        ]
+        schemas = [row[self.schema_column] if self.schema is None else self.schema for row in rows]
+        # in tuples: a row may have a reference of None
+        references = [(row[self.answer_column],) if self.answer_column else () for row in rows]
+        calls = [(*call, self.fields) for call in zip(texts, schemas, references, strict=True)]
         return run_all(grade, calls, timeout=self.timeout, workers=self.workers)
 
 

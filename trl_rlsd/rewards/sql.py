@@ -60,7 +60,8 @@ class SQLReward(Reward):
 
     A query reads one database and cannot write: no other statement, no ATTACH, no PRAGMA, no extension, no file. One
     that fails or exceeds a limit is wrong; where the reference does, or the database cannot be read, its rows have no
-    reward. A value may have 1,000,000 bytes, a query 20,000 characters, the engine's memory 512 MiB.
+    reward; nor have rows whose reference is no query, but an UPDATE, INSERT or DELETE. A value may have 1,000,000
+    bytes, a query 20,000 characters, the engine's memory 512 MiB.
 
     Args:
         query_column: of the reference query.
@@ -73,6 +74,8 @@ class SQLReward(Reward):
         step_limit: instructions of SQLite's virtual machine that a query may take: unlike seconds, the same on every
             machine. DuckDB has time alone.
         max_rows: rows that the reference may give.
+        empty_reference: judge references whose result has no rows, or NULLs alone, although `SELECT 1 WHERE 0` is
+            right then. By default their rows have no reward; a count of nothing, 0, is judged in any case.
         tolerance: of two numbers of which one is no integer, relative to the larger.
         workers: processes to run in. [the cores]
 
@@ -87,6 +90,7 @@ class SQLReward(Reward):
     timeout: float = 10.0
     step_limit: int = 100_000_000
     max_rows: int = 10_000
+    empty_reference: bool = False
     tolerance: float = 1e-6
     workers: int | None = None
 
@@ -117,6 +121,9 @@ class SQLReward(Reward):
                 grades[i] = CannotGrade(f"the reference query {reference[1][:200]!r} or its database: {right}")
             elif isinstance(right, Exception):
                 grades[i] = right
+            elif not self.empty_reference and right.empty:
+                said = "gives no rows, or NULLs alone: fill the tables, or set empty_reference=True"
+                grades[i] = CannotGrade(f"the reference query {reference[1][:200]!r} {said}")
             elif query is not None:
                 calls[i] = (reference[0], query, right, self.tolerance)
         for i, grade in zip(calls, self._run(query_grade, list(calls.values())), strict=True):
@@ -156,6 +163,10 @@ class Result(NamedTuple):
     columns: int
     rows: list[tuple]
     ordered: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return all(value is None for row in self.rows for value in row)
 
 
 class QueryFailed(Exception):
