@@ -25,8 +25,8 @@ _LETTERS: Options = dict.fromkeys(ascii_uppercase)
 # LaTeX, Markdown, JSON and ticks around a letter: \text{B}, $\mathbf{(B)}$, \(B\), **B**, "B", ✅ B
 _MARKUP = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|tt)?(?=\s*\{)|\\[ ,;:!()\[\]]|\*\*|[{}$`\"“”✅✔☑\uFE0F]")
 _LEAD = re.compile(
-    r"(?i)(?:(?:the|correct|best|right|final|most|likely|probably|clearly|definitely|either|both|option|"
-    r"choice|letter|is)\b[\s:]*+)*+"
+    r"(?i)(?:(?:the|correct|best|right|final|most|likely|probably|clearly|definitely|either|option|choice|letter|is)"
+    r"\b[\s:]*+)*+"
 )
 # what may follow an option in a statement: it tells "A, because" from "A bit" and "3" from "3.5"
 _END = r"(?=\s*+(?:$|[;:!?()\]/&+]|\.(?!\w)|,(?!\d)|[-–—]\s)|\s+(?:and|as|because|but|is|not|or|since|which)\b)"
@@ -35,7 +35,7 @@ _BRACKETS = re.compile(r"\s*\(([^()]*)\)")
 _DENIED = re.compile(r"\b(?:not|never|neither|nor|wrong|incorrect|false|eliminate|rule[sd]? out)\b|n['’]t\b", re.I)
 # before an option: "the correct option: B", {"answer": "B"}; "I'd go with B"; "Therefore, B." and nothing else
 _CUE = re.compile(
-    r"(?i)(?<!wrong )(?<!incorrect )\b(?:answer|option|choice)\s*+(?:(?:would|should|must|will|has\s+to)\s+be\b|is\b|:):?"
+    r"(?i)(?<!wrong )(?<!incorrect )\b(?:answer|option|choice)\s*(?:(?:would|should|must|will|has to)\s+be\b|is\b|:):?"
     r"|(?<!if )\bI(?:\s+would|\s+will|['’]d|['’]ll)?\s+(?:choose|chose|pick|select|go\s+with)\b"
     r"|(?P<conclusion>\b(?:so|therefore|thus|hence|conclusion)\b)[,:]?"
 )
@@ -47,8 +47,7 @@ _CORRECT = (
 )
 # what may stand before it: not the "Vitamin" of "Vitamin C is correct"
 _BEFORE = (
-    r"(?:^|[.,;:!?)\n]|\b(?:so|therefore|thus|hence|that|and|but|only|because|since|while|means|option|choice|answer))"
-    r"\s{0,4}(?<![^\W_])"
+    r"(?:^|[.,;:!?)\n]|\b(?:so|therefore|thus|hence|that|and|but|only|because|since|option|choice))\s{0,4}(?<!\w)"
 )
 _CLAUSE = re.compile(r"[.;!?\n]|\bbut\b|\b(?:correct|right|wrong|incorrect|false)\b(?!\s+(?:that|to)\b)", re.I)
 # no claim of one option: "if B is correct", "A and B is correct"
@@ -99,10 +98,7 @@ class ChoiceReward(Reward):
 
 
 def grade(text: str, right: str | int, options: dict[str, str] | None = None) -> float:
-    """See [`ChoiceReward`]; `options` are letter -> text.
-
-    Raises: CannotGrade, where `right` is none of the options.
-    """
+    """See [`ChoiceReward`]; `options` are letter -> text. Raises: CannotGrade, where `right` is none of them."""
     known = options or _LETTERS
     wanted, chosen = right_option(right, known), chosen_option(text, known)
     # a benchmark may list a text twice
@@ -296,14 +292,13 @@ def _readers(options: tuple[tuple[str, str | None], ...]) -> _Readers:
     correct = [(label, rf"[(\[]?{re.escape(label)}[)\].]?") for label, _ in options]
     correct += [(label, rf"(?i:{re.escape(text)})") for label, text in texts]
     each = "|".join(f"({form})" for _, form in correct)
-    listed = [(label, _item(label, text, letters)) for label, text in options]
+    listed = "|".join(f"({_item(label, text, letters)})" for label, text in options)
     return _Readers(
-        listed=(re.compile("|".join(f"({form})" for _, form in listed), re.MULTILINE), [label for label, _ in listed]),
+        listed=(re.compile(listed, re.MULTILINE), [label for label, _ in options]),
         correct=(re.compile(rf"(?i:{_BEFORE})(?P<option>)(?:{each})(?i:{_CORRECT})"), [label for label, _ in correct]),
         texts=(re.compile(rf"(?:{longest_first}){_END}", re.I), [label for label, _ in texts]),
         letter=re.compile(
-            rf"[(\[]?\s*(?P<label>{letters})(?![\w'’]|-\w)(?:\s*[)\]]|{_END}|(?-i:\.(?=[A-Z][a-z]))|(?P<word>\s))",
-            re.I,
+            rf"(?i)[(\[]?\s*(?P<label>{letters})(?![\w'’]|-\w)(?:\s*[)\]]|{_END}|(?-i:\.(?=[A-Z][a-z]))|(?P<word>\s))"
         ),
         marked=(
             # not the (A) of P(A), "the choice I made", "the best option is A bit"
