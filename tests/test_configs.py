@@ -1,7 +1,10 @@
 """Every file in configs/, through the real parser: two steps with a tiny model, on rows with the columns it names."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +179,21 @@ def _preset(source):
     from trl_rlsd.data.presets import presets_for
 
     return presets_for(source)[0].name
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt-get install bubblewrap")
+def test_graders_with_processes_of_their_own_work_on_two_ranks(project):
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}", "tests": "assert f(1) == 2"} for i in range(8)]
+    Dataset.from_list(rows).to_json("rows.jsonl")
+    lines = {
+        **TINY, "model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "out",
+        "dataset_options": {"preset": "gsm8k", "keep": ["tests"]}, "reward_funcs": ["math_reward", "code_reward"],
+        "num_processes": 2, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no",
+    }  # fmt: skip
+    (project / "config.yaml").write_text(yaml.safe_dump(lines))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "trl_rlsd", "train", "--config", "config.yaml", "--cpu"]
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'math_failures': '0'" in done.stdout
+    assert "'code_failures': '0'" in done.stdout

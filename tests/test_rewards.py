@@ -171,7 +171,13 @@ def test_what_reasoning_gym_cannot_make_is_named(name, size, options, said):
 
 def test_rewards_are_found_by_name_and_path():
     assert get_reward("reasoning_gym_reward") is reasoning_gym_reward
-    assert all(callable(get_reward(name)) for name in REWARDS)
+    needs = {"soft_overlong_punishment": {"max_completion_len": 8, "soft_punish_cache": 4}}
+    needs["cosine_scaled_reward"] = {"max_len": 8}
+    assert all(callable(get_reward(name, needs.get(name))) for name in REWARDS)
+    overlong = get_reward("soft_overlong_punishment", needs["soft_overlong_punishment"])
+    assert overlong(completion_ids=[[1] * 4, [1] * 6, [1] * 9]) == [0.0, -0.5, -1.0]
+    with pytest.raises(ValueError, match="'soft_overlong_punishment' needs the option 'soft_punish_cache'"):
+        get_reward("soft_overlong_punishment", {"max_completion_len": 8})
     assert get_reward("json.dumps") is json.dumps
     for name in ("nonesuch", "json.nonesuch", "no_such_module.f"):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -201,3 +207,11 @@ def test_a_rewards_needs_are_asked_before_anything_is_generated(tmp_path):
 
     with pytest.raises(RuntimeError, match="no sandbox here"):
         trainer(tmp_path, reward=[Broken()])
+
+
+def test_an_option_with_fields_of_its_own_may_give_some_of_them():
+    from trl_rlsd.rewards.limits import Limits
+
+    assert get_reward("code_reward", {"limits": {"wall_seconds": 3}}).limits == Limits(wall_seconds=3)
+    with pytest.raises(ValueError, match=r"Limits\.wall_seconds is -1"):
+        get_reward("code_reward", {"limits": {"wall_seconds": -1}})

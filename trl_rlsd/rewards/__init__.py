@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 from trl_rlsd.dotted import find
@@ -27,6 +27,14 @@ REWARDS = {
     "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",
     "think_format_reward": "trl.rewards.think_format_reward",
 }
+
+# TRL's makers of rewards; what they are given are the options
+_MADE = {
+    "soft_overlong_punishment": "trl.rewards.get_soft_overlong_punishment",
+    "repetition_penalty_reward": "trl.rewards.get_repetition_penalty_reward",
+    "cosine_scaled_reward": "trl.rewards.get_cosine_scaled_reward",
+}
+REWARDS |= _MADE
 
 
 def get_reward(name: str, options: Mapping[str, Any] | None = None) -> Callable[..., list[float | None]]:
@@ -47,13 +55,25 @@ def get_reward(name: str, options: Mapping[str, Any] | None = None) -> Callable[
             f"{name!r} is neither a registered reward ({', '.join(REWARDS)}) nor the dotted path of a function, such "
             "as 'my_package.rewards.my_reward'."
         )
-    if not options:
+    options, made = dict(options or {}), name in _MADE
+    if not options and not made:
         return reward
-    known = (
-        [field.name for field in fields(reward)]
-        if is_dataclass(reward)
-        else [p.name for p in signature(reward).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    )
+    if is_dataclass(reward):
+        known = {field.name: getattr(reward, field.name) for field in fields(reward)}
+    else:
+        takes = signature(reward).parameters.values()
+        known = {p.name: p.default for p in takes if made or p.kind is p.KEYWORD_ONLY}
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
-    return replace(reward, **options) if is_dataclass(reward) else partial(reward, **options)
+    if is_dataclass(reward):
+        return replace(reward, **{option: _within(known[option], value) for option, value in options.items()})
+    if not made:
+        return partial(reward, **options)
+    if lacking := [option for option in known if known[option] is Parameter.empty and option not in options]:
+        raise ValueError(f"{name!r} needs the option {lacking[0]!r}; it has {', '.join(known)}.")
+    return reward(**options)
+
+
+def _within(default: Any, value: Any) -> Any:
+    """An option that has fields of its own, such as `limits`, may give some of them."""
+    return replace(default, **value) if is_dataclass(default) and isinstance(value, Mapping) else value
