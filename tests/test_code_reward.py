@@ -301,7 +301,7 @@ import glob, os
 for read in (lambda: open({path!r}).read(), lambda: os.environ['SECRET'], lambda: os.environb[b'SECRET'].decode()):
     try: print(read())
     except (OSError, KeyError) as error: print('denied')
-print(glob.glob('/proc/*/environ'), glob.glob('/home/*'), glob.glob('/work/*'), glob.glob('/root/*'))
+print(glob.glob('/proc/*/environ'), glob.glob('/home/*'), glob.glob('/mnt/*'), glob.glob('/root/*'))
 print(os.path.exists('/etc/passwd'), os.path.exists('/etc/hostname'), len(os.environ) < 12)
 """
     assert echo(look.format(path=str(secret)), "denied\n" * 3 + "[] [] [] []\nFalse False True")

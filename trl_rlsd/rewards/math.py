@@ -104,13 +104,15 @@ def _is_number(answer: list) -> bool:
     if not answer or isinstance(answer[0], str):
         return True  # nothing, or a text: not equal to a number anyway
     tree = answer[0].rhs if isinstance(answer[0], Relational) else answer[0]
-    for node in [tree, *tree.args]:
+    known = (Add, Mul, Pow, NumberSymbol, Rational, UnevaluatedExpr)
+    for node in preorder_traversal(tree):
+        if not isinstance(node, known) and not any(getattr(node, kind, False) for kind in ("is_Number", "is_Symbol")):
+            return False
         factors = [f for f in node.args if isinstance(f, Integer) and abs(f) != 1] if isinstance(node, Mul) else []
         mixed = isinstance(node, Add) and sorted(type(part) is Integer for part in node.args) == [False, True]
         if len(factors) > 1 or (isinstance(node, Add) and not (mixed and all(p.is_Rational for p in node.args))):
             return False
-    known = (Add, Mul, Pow, NumberSymbol, Rational, UnevaluatedExpr)
-    return all(isinstance(node, known) or node.is_Number or node.is_Symbol for node in preorder_traversal(tree))
+    return True
 
 
 @lru_cache(maxsize=4096)
