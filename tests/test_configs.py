@@ -132,6 +132,25 @@ def test_a_config_trains(project, config, capfd):
         assert reward(completions=[solution, "no idea"], prompts=None, **_less(columns)) == [1.0, 0.0]
 
 
+def test_a_function_is_asked_once_for_both_splits(project, monkeypatch):
+    (project / "splits_of_mine.py").write_text(
+        "from datasets import Dataset\n"
+        "calls = []\n"
+        "def data():\n"
+        "    calls.append(1)\n"
+        "    rows = Dataset.from_dict({'prompt': ['a'] * 8, 'privileged_context': ['c'] * 8, 'answer': ['1'] * 8})\n"
+        "    return {'train': rows, 'test': rows}\n"
+    )
+    monkeypatch.syspath_prepend(project)
+    lines = {**TINY, "model_name_or_path": "model", "dataset_name": "splits_of_mine.data", "output_dir": "out"}
+    lines |= {"reward_funcs": ["math_reward"], "eval_strategy": "steps", "eval_steps": 100}
+    (project / "config.yaml").write_text(yaml.safe_dump(lines))
+    main(["--config", "config.yaml"])
+    import splits_of_mine
+
+    assert splits_of_mine.calls == [1]
+
+
 def test_options_stand_in_a_config_or_are_json_on_the_command_line(project, capfd):
     rows = [{"problem": f"{i} + 1", "solution": str(i + 1), "pass_rate": i / 8} for i in range(8)]
     Dataset.from_list(rows).to_json("rows.jsonl")

@@ -9,7 +9,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,13 +130,16 @@ def load_splits(name: str | None, config: str | None = None, streaming: bool = F
     return load_dataset(name, name=config, streaming=streaming)
 
 
-def _split(script: RLSDScriptArguments, field_name: str, model: str) -> Dataset | IterableDataset:
-    """The rows of a split, made by `load_rows` where there are options or a preset knows them."""
+def _split(
+    script: RLSDScriptArguments, field_name: str, model: str, load: Callable[[], dict]
+) -> Dataset | IterableDataset:
+    """The rows of a split, made by `load_rows` where there are options or a preset knows them; `load` gives all splits
+    of a source that `load_rows` does not read itself."""
     source, name, options = script.dataset_name, getattr(script, field_name), script.dataset_options
     ready = options is None and not (source and (source.startswith(GYM) or presets_for(source)))
     is_file = source and Path(source).suffix.lower() in FORMATS
     if ready or (source and _DOTTED.fullmatch(source) and not is_file):
-        splits = load_splits(source, script.dataset_config, script.dataset_streaming)
+        splits = load()
         if name not in splits:
             raise ValueError(f"{field_name}={name!r} is not a split of the dataset; it has {', '.join(splits)}.")
         if ready:
@@ -191,8 +196,11 @@ def build_trainer(
     if unused := [name for name in options if name not in script.reward_funcs]:
         raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
     rewards = [get_reward(name, options.get(name)) for name in script.reward_funcs]
-    train_dataset = _split(script, "dataset_train_split", model.model_name_or_path)
-    eval_dataset = _split(script, "dataset_test_split", model.model_name_or_path) if evaluates else None
+    # once for both: a function of the user's may take its time, and need not return the same twice
+    load = cache(lambda: load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming))
+    path = model.model_name_or_path
+    train_dataset = _split(script, "dataset_train_split", path, load)
+    eval_dataset = _split(script, "dataset_test_split", path, load) if evaluates else None
     if evaluation_rows is not None:
         eval_dataset = eval_dataset.take(evaluation_rows)
     args.model_init_kwargs = {
