@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 
 # before anything of Hugging Face is imported
@@ -112,6 +114,18 @@ def trainer(tmp_path, *, model=None, data=None, peft_config=None, reward=byte_re
         peft_config=peft_config,
         **own,
     )
+
+
+def run_on_two_ranks(folder: Path, script: str) -> list:
+    """Run a script on two processes in a folder, and load what each has saved as rank0.pt and rank1.pt."""
+    (folder / "run.py").write_text(script)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 def weights(model) -> dict[str, torch.Tensor]:

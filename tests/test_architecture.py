@@ -19,7 +19,7 @@ LEVELS = [
     {"config", "teacher", "external", "collator", "losses", "checks", "rollouts"},
     {"contrast", "spans", "alarms", "leakage"},
     {"credit", "metrics", "rewards", "data"},
-    {"dotted", "files"},
+    {"dotted", "files", "texts"},
 ]
 LIBRARIES = ("trl", "transformers", "peft", "accelerate", "datasets")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))

@@ -1,9 +1,6 @@
 """Difficulty: order, shares, and stages that follow the reward of a real training run."""
 
 import gc
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama, trainer
+from conftest import run_on_two_ranks, tiny_llama, trainer
 from datasets import Dataset, IterableDataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -393,14 +390,7 @@ torch.save((straight, resumed, curriculum.stage), f"rank{{dist.get_rank()}}.pt")
 
 
 def test_two_processes_draw_the_same_groups_also_when_resumed(tmp_path):
-    (tmp_path / "run.py").write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    straight, resumed, stages = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)), strict=True)
+    straight, resumed, stages = zip(*run_on_two_ranks(tmp_path, SCRIPT), strict=True)
     assert stages == (1, 1)
     for (step, first), (_, second) in zip(*straight, strict=True):
         groups = np.reshape(first + second, (-1, 4))

@@ -1,12 +1,10 @@
 """Two processes on CPU, over gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_on_two_ranks
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,15 +60,7 @@ torch.save(results, f"rank{{dist.get_rank()}}.pt")
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "run.py").write_text(SCRIPT)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return run_on_two_ranks(tmp_path_factory.mktemp("ranks"), SCRIPT)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

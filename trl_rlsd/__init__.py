@@ -27,6 +27,7 @@ The rooms, upper ones import lower ones only:
     data          datasets with a privileged column
     dotted        a user's function by its dotted path
     files         files and folders that are there whole or not at all
+    texts         how texts are compared
 
 Axes, everywhere: B rows, T completion tokens, P and P' prompt tokens of student and teacher. `student_*` is read after
 the plain prompt, `teacher_*` after the privileged one; `*_logps` (B, T) are nats; `*_mask` 1 = counts; `gain` =

@@ -8,6 +8,8 @@ from typing import Any
 from accelerate.logging import get_logger
 from torch import nn
 
+from trl_rlsd.rewards.grading import check_columns
+
 
 logger = get_logger(__name__)
 
@@ -73,11 +75,7 @@ def check_rewards(reward_funcs: Any, *datasets: Any) -> None:
     each = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
     for reward in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         for columns in filter(None, (getattr(dataset, "column_names", None) for dataset in each)):
-            if missing := [name for name in getattr(reward, "required_columns", ()) if name not in columns]:
-                raise ValueError(
-                    f"{reward.__name__} needs the column {missing[0]!r}, which a dataset does not have; its columns "
-                    f"are {', '.join(map(repr, columns))}. Rename one of them, or name it in the reward's options."
-                )
+            check_columns(reward, columns)
         if callable(check := getattr(reward, "check", None)):
             check()
 

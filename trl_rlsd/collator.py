@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 
-from trl_rlsd.rewards.answer import squeeze
+from trl_rlsd.texts import DISTINCTIVE_CHARACTERS, squeeze
 
 
 Prompt = str | list[dict[str, Any]]
-
-# A shorter text (an answer such as "4" or "B") occurs in many prompts by coincidence and proves no leak.
-_DISTINCTIVE_CHARACTERS = 20
 
 
 class PrivilegedPromptCollator:
@@ -158,7 +155,7 @@ class PrivilegedPromptCollator:
             ValueError: naming the column and what to mend.
         """
         needle, student, teacher = (squeeze(text) for text in (context, student_text, teacher_text))
-        if len(needle) >= _DISTINCTIVE_CHARACTERS and needle in student:
+        if len(needle) >= DISTINCTIVE_CHARACTERS and needle in student:
             raise ValueError(
                 f"The text of {self.column!r} ({context!r:.80}) is in the student's prompt already, which reads "
                 f"{student_text!r:.400}. The student would be trained to copy it: remove it from `prompt`."

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from trl_rlsd.dotted import load
-from trl_rlsd.rewards.answer import final_answer, squeeze
+from trl_rlsd.rewards.answer import final_answer
+from trl_rlsd.texts import squeeze
 
 
 def get_reference(name: str) -> Callable[[str], str | None]:

@@ -10,9 +10,14 @@ from pathlib import Path
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text, in the place of what was there; its folder is made if need be."""
+    replace_file(path, lambda staged: staged.write_text(text))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, in the place of what was there; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = _beside(path)
-    staged.write_text(text)
+    write(staged)
     staged.replace(path)
 
 

@@ -24,10 +24,11 @@ from typing import Any
 
 from datasets import Dataset, List, Value
 
+from trl_rlsd.texts import DISTINCTIVE_CHARACTERS, squeeze
+
 
 logger = logging.getLogger(__name__)
 
-DISTINCTIVE_CHARACTERS = 20
 RUN_WORDS = 8
 SHARE = 0.5
 _WORD = re.compile(r"\w+")
@@ -124,12 +125,12 @@ def _check_column(name: str, kind: Any) -> None:
 
 
 def _reason(prompt: str, text: str) -> str | None:
-    needle = _squeeze(text)
+    needle = squeeze(text)
     if len(needle) < DISTINCTIVE_CHARACTERS:
         # not inside a longer number or word: the answer 4 is not stated by "answer: 4.5"
         stated = re.search(_STATES + re.escape(text.strip()) + r"(?![\w%/^]|[.,]\d)", prompt)
         return f"the prompt states {stated.group()!r:.60}" if stated else None
-    shown = _squeeze(prompt)
+    shown = squeeze(prompt)
     if len(needle) * SHARE > len(shown):  # too long for half of it to be there
         return None
     if needle in shown:
@@ -138,10 +139,6 @@ def _reason(prompt: str, text: str) -> str | None:
     if total > RUN_WORDS and count >= SHARE * total:
         return f"the prompt contains {count} of its {total} runs of {RUN_WORDS} words"
     return None
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split()).casefold()
 
 
 def _shared_runs(text: str, prompt: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from datasets import Dataset, are_progress_bars_disabled
 from tqdm.auto import tqdm
 
 from trl_rlsd.data.generate import Endpoint, LocalModel, Prompt, RequestFailed
+from trl_rlsd.files import replace_file
 
 
 logger = logging.getLogger(__name__)
@@ -177,12 +178,10 @@ def check_output(output: str | Path) -> Path:
 
 def write_dataset(dataset: Dataset, output: Path) -> None:
     """Whole, in the place of what was there."""
-    staged = output.with_name(f"{output.name}.{os.getpid()}")
     if output.suffix == ".parquet":
-        dataset.to_parquet(staged)
+        replace_file(output, dataset.to_parquet)
     else:
-        dataset.to_json(staged, force_ascii=False)
-    staged.replace(output)
+        replace_file(output, lambda staged: dataset.to_json(staged, force_ascii=False))
 
 
 class GradedSamples:

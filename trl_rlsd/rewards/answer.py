@@ -39,11 +39,6 @@ def after_thinking(text: str) -> str | None:
     return after if closed else text
 
 
-def squeeze(text: str) -> str:
-    """A text for comparison: chat templates trim, tokenizers fold, models space their answers as they like."""
-    return "".join(text.split()).casefold()
-
-
 def last_boxed(text: str) -> list[str]:
     """The content of the closed `\\boxed{...}` that begins last, with balanced braces; empty where there is none."""
     last, opened = None, []

@@ -9,8 +9,9 @@ from functools import lru_cache
 from string import ascii_uppercase
 from typing import Any, ClassVar, NamedTuple
 
-from trl_rlsd.rewards.answer import STATEMENT, after_thinking, final_answer, squeeze
+from trl_rlsd.rewards.answer import STATEMENT, after_thinking, final_answer
 from trl_rlsd.rewards.grading import CannotGrade, Reward, one_by_one
+from trl_rlsd.texts import squeeze
 
 
 # an answer stands at the end

@@ -7,13 +7,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from trl_rlsd.rewards.answer import after_thinking
 from trl_rlsd.rewards.fences import last_block
-from trl_rlsd.rewards.grading import CannotGrade, Reward
+from trl_rlsd.rewards.grading import CannotGrade, Reward, grade_or_error
 from trl_rlsd.rewards.limits import Limits, Outcome
 from trl_rlsd.rewards.pool import cores
 from trl_rlsd.rewards.sandbox import Bubblewrap, Sandbox, Unsandboxed
@@ -81,19 +81,14 @@ class CodeReward(Reward):
         self._sandbox.check()
         executor = ThreadPoolExecutor(self.workers or cores())
         try:
-            return list(executor.map(self._grade_or_error, texts, [row[self.column] for row in rows]))
+            grade = partial(grade_or_error, self._grade)
+            return list(executor.map(grade, texts, [row[self.column] for row in rows]))
         finally:
             executor.shutdown(cancel_futures=True)
 
     @property
     def _sandbox(self) -> Sandbox:
         return self.sandbox or (Unsandboxed() if self.unsafe else Bubblewrap())
-
-    def _grade_or_error(self, text: str, tests: Any) -> float | Exception:
-        try:
-            return self._grade(text, tests)
-        except Exception as error:
-            return error
 
     def _grade(self, text: str, tests: Any) -> float:
         cases = list(read_cases(tests))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -66,11 +66,7 @@ class Reward(ABC):
             ValueError: a required column is missing; the message lists those that there are.
         """
         per_row = {name: values for name, values in columns.items() if _is_column(values, len(completions))}
-        if missing := [name for name in self.required_columns if name not in per_row]:
-            raise ValueError(
-                f"{self.__name__} needs the column {missing[0]!r}, which the rows do not have; their columns are "
-                f"{', '.join(map(repr, per_row)) or 'none'}. Rename one of them, or name it in the reward's options."
-            )
+        check_columns(self, per_row)
         rows = [{name: values[i] for name, values in per_row.items()} for i in range(len(completions))]
         first = self.required_columns[:1]
         graded = [i for i, row in enumerate(rows) if all(row[name] is not None for name in first)]
@@ -92,15 +88,26 @@ class Reward(ABC):
         return rewards
 
 
+def check_columns(reward: Any, columns: Collection[str]) -> None:
+    """Raises: ValueError, where rows with these columns lack one of the reward's `required_columns`, if it has any."""
+    if missing := [name for name in getattr(reward, "required_columns", ()) if name not in columns]:
+        raise ValueError(
+            f"{reward.__name__} needs the column {missing[0]!r}, which the rows do not have; their columns are "
+            f"{', '.join(map(repr, columns)) or 'none'}. Rename one of them, or name it in the reward's options."
+        )
+
+
 def one_by_one(grade: Callable[[str, dict], float], texts: list[str], rows: list[dict]) -> list[float | Exception]:
     """Grade in this process, for graders that cannot hang."""
-    grades: list[float | Exception] = []
-    for text, row in zip(texts, rows, strict=True):
-        try:
-            grades.append(grade(text, row))
-        except Exception as error:
-            grades.append(error)
-    return grades
+    return [grade_or_error(grade, text, row) for text, row in zip(texts, rows, strict=True)]
+
+
+def grade_or_error(grade: Callable[..., float], *arguments: Any) -> float | Exception:
+    """A grade, or why there is none."""
+    try:
+        return grade(*arguments)
+    except Exception as error:
+        return error
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, ClassVar
 
-from trl_rlsd.rewards.answer import after_thinking, final_answer, squeeze
+from trl_rlsd.rewards.answer import after_thinking, final_answer
 from trl_rlsd.rewards.grading import CannotGrade, Reward
 from trl_rlsd.rewards.pool import run_all
+from trl_rlsd.texts import squeeze
 
 
 # an answer stands at the end; math-verify's patterns are slow on a megabyte
