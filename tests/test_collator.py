@@ -25,7 +25,8 @@ nasty = st.sampled_from(["{prompt}", "{privileged_context}", "{{}}", "{", "}", "
 def test_no_privileged_text_means_exactly_the_students_prompt(prompt):
     messages = [{"role": "user", "content": prompt}]
     for empty in (None, "", []):
-        prompts, has_context = collator().prompts([{"privileged_context": empty}] * 2, [prompt, messages])
+        contexts = collator().contexts([{"privileged_context": empty}] * 2)
+        prompts, has_context = collator().prompts(contexts, [prompt, messages])
         assert prompts == [prompt, messages]
         assert has_context == [False, False]
 
@@ -105,7 +106,7 @@ def test_a_template_without_its_placeholders_is_refused(template, said):
 
 
 def test_an_external_teacher_may_read_the_students_prompt():
-    prompts, scored = collator("{prompt}", needs_context=False).prompts([{}], ["p"])
+    prompts, scored = collator("{prompt}", needs_context=False).prompts([None], ["p"])
     assert (prompts, scored) == (["p"], [True])
 
 
@@ -137,7 +138,8 @@ def test_a_prompt_that_leaves_no_room_is_named():
 def test_teacher_and_student_share_template_tools_and_kwargs(tmp_path):
     """What RLSDTrainer makes of a row is TRL's own rendering of the privileged messages."""
     built = trainer(tmp_path, data=dataset(conversational=True), chat_template_kwargs={"no_think": True}, max_steps=1)
-    teacher_prompts, _ = built._collator.prompts([built.train_dataset[0]], [built.train_dataset[0]["prompt"]])
+    row = built.train_dataset[0]
+    teacher_prompts, _ = built._collator.prompts([row["privileged_context"]], [row["prompt"]])
     ids = built._tokenize_prompts(teacher_prompts)[0][0]
     expected = "<|user|>" + DEFAULT_TEMPLATE.format(prompt="0 + 0 = ?", privileged_context="the answer is 0")
     assert built.processing_class.decode(ids) == expected + "</s><|assistant|><no-think>"

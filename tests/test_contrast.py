@@ -144,9 +144,9 @@ def scored(built):
         score(batch, *args)
         batches.append(batch)
 
-    def read(model, prompt_ids, ids, mask, rows):
+    def read(model, prompt_ids, ids, mask, rows, images):
         prompts.append({row: built.processing_class.decode(prompt_ids[row]) for row in rows})
-        return run(model, prompt_ids, ids, mask, rows)
+        return run(model, prompt_ids, ids, mask, rows, images)
 
     built._score_with_teacher, built._teacher_pass = watch, read
     built.train()

@@ -7,6 +7,9 @@ The rooms, upper ones import lower ones only:
     train         the training script: a config file and flags in, a trained model out
     quickstart    a small, real run from nothing to a trained adapter
     trainer       RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
+    resumable     GRPOTrainer whose resumed run is the run that was not interrupted
+    privileged_batch
+                  what the teacher reads for one generation batch
     config        RLSDConfig: fields and their ranges
     prompt_check  what both will read, rendered and shown before anything is generated
     teacher_pass  which completions are scored together, and what is encoded once
@@ -15,8 +18,12 @@ The rooms, upper ones import lower ones only:
     external      another model as teacher: loaded, checked, placed
     losses        the clipped surrogate: a plain specification, and its fused twin on Liger's base
     collator      the privileged prompt that the teacher reads
+    checkpoints   which of them are whole, and which a run goes on from
     rollouts      completions that a checkpoint keeps for later use
     checks        what is refused before anything is loaded or generated
+    context       what a privileged context may be: text, images
+    images        a processor's fields, by row and for a forward
+    shards        weights of which every process holds a piece
     contrast      wrong references, for a second reading by the teacher
     spans         where in a completion credit acts
     alarms        what the metrics say when the signal is broken

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trl_rlsd.context import Context, images_in, merged, opened, read_context, text_in
 from trl_rlsd.texts import DISTINCTIVE_CHARACTERS, squeeze
 
 
@@ -27,8 +28,8 @@ class PrivilegedPromptCollator:
     Args:
         template: format string with `{prompt}` exactly once and `{privileged_context}` at least once; `{{` and `}}`
             are literal braces. It is applied to the last user message, or to the whole prompt if that is plain text.
-        column: the dataset column that holds the privileged context: a string or a list of messages. `None`, `""` and
-            `[]` mean that the row has none.
+        column: the dataset column that holds the privileged context: a string, or a list of messages, whose content
+            may have images where the model reads some. `None`, `""` and `[]` mean that the row has none.
         needs_context: whether the template must have `{privileged_context}`. Without it (an external teacher that
             reads the student's prompt) no column is read, and every row counts as having context.
 
@@ -47,64 +48,54 @@ class PrivilegedPromptCollator:
         self.column = column
         self.before, self.after = _split_template(template, needs_context)
         self.reads_context = any(name == "privileged_context" for _, name in (*self.before, *self.after))
+        self.images = False  # whether contexts may have images; the trainer knows once it has a processor
 
-    def context(self, row: Mapping[str, Any], index: int = 0) -> str | None:
-        """The row's privileged text, or None where it has none. A list of messages becomes text: one message its
-        content, several `role: content` blocks.
+    def context(self, row: Mapping[str, Any], index: int = 0) -> Context | None:
+        """The row's privileged context, None where it has none; see [`read_context`].
 
         Raises:
             ValueError: the row lacks the column; the message names the row and the columns there are.
             TypeError: the column holds neither a string nor a list of messages.
         """
-        return self.text(row, self.column, "privileged_column", index)
+        return self.read(row, self.column, "privileged_column", index)
 
-    def contexts(self, rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
-        """The privileged texts of a batch; see `context`."""
+    def contexts(self, rows: Sequence[Mapping[str, Any]]) -> list[Context | None]:
+        """The privileged contexts of a batch; see `context`."""
         return [self.context(row, index) if self.reads_context else None for index, row in enumerate(rows)]
 
     def readable(self, row: Mapping[str, Any]) -> str | None:
         """The row's privileged text if there is one, and None without complaint if not: for GRPO, which needs none."""
         try:
-            return self.text(row, self.column, "privileged_column")
+            return text_in(self.context(row))
         except (TypeError, ValueError):
             return None
 
-    @staticmethod
-    def text(row: Mapping[str, Any], column: str, field: str, index: int = 0) -> str | None:
-        """The text of any such column, named by a config field; see `context`."""
+    def read(self, row: Mapping[str, Any], column: str, field: str, index: int = 0) -> Context | None:
+        """What any such column holds, named by a config field; see `context`."""
         if column not in row:
             raise ValueError(
                 f"Row {index} has no column {column!r} ({field}); it has "
                 f"{', '.join(repr(name) for name in row)}. Add the column (None or '' for a row without privileged "
                 f"context), or set `{field}` to the one that holds it."
             )
-        value = row[column]
-        if value is None or isinstance(value, str):
-            return value or None
-        if isinstance(value, Sequence) and all(isinstance(m, Mapping) and "content" in m for m in value):
-            contents = [_text_of(message["content"], column, index) for message in value]
-            if len(value) > 1:
-                contents = [f"{m.get('role', 'message')}: {text}" for m, text in zip(value, contents, strict=True)]
-            return "\n\n".join(contents) or None
-        raise TypeError(
-            f"Column {column!r} ({field}) of row {index} holds {type(value).__name__} ({value!r:.80}). "
-            "It must be a string or a list of messages with 'content'; convert it, e.g. with `dataset.map`."
-        )
+        return read_context(row[column], f"Column {column!r} ({field}) of row {index}", images=self.images)
 
-    def prompt(self, prompt: Prompt, context: str | None) -> Prompt:
+    def prompt(self, prompt: Prompt, context: Context | None) -> Prompt:
         """The teacher's prompt; the student's prompt itself, unchanged, where there is no privileged context.
 
         Raises:
-            ValueError: a conversational prompt without a user message.
+            ValueError: a conversational prompt without a user message, or a plain one with privileged images.
         """
         if context is None and self.reads_context:
             return prompt
-        before, after = (
-            "".join(literal + (context or "" if name else "") for literal, name in part)
-            for part in (self.before, self.after)
-        )
+        before, after = _filled(self.before, context), _filled(self.after, context)
         if isinstance(prompt, str):
-            return before + prompt + after
+            if images_in(context):
+                raise ValueError(
+                    "A plain-text prompt takes no privileged images. Give conversational prompts, lists of messages, "
+                    "and let the trainer apply the chat template."
+                )
+            return _joined(before) + prompt + _joined(after)
         users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
         if not users:
             raise ValueError(
@@ -113,24 +104,21 @@ class PrivilegedPromptCollator:
             )
         message = prompt[users[-1]]
         content = message["content"]
-        if isinstance(content, str):
-            content = before + content + after
+        if isinstance(content, str) and not images_in(context):
+            content = _joined(before) + content + _joined(after)
+        elif isinstance(content, str):
+            content = merged([*before, {"type": "text", "text": content}, *after])
         else:  # content parts: images and texts keep their order between the two halves of the template
-            content = [
-                *([{"type": "text", "text": before}] if before else []),
-                *content,
-                *([{"type": "text", "text": after}] if after else []),
-            ]
+            content = [*before, *content, *after]
         return [*prompt[: users[-1]], {**message, "content": content}, *prompt[users[-1] + 1 :]]
 
-    def prompts(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[bool]]:
+    def prompts(
+        self, contexts: Sequence[Context | None], prompts: Sequence[Prompt]
+    ) -> tuple[list[Prompt], list[bool]]:
         """The teacher's prompts of a batch, and for each whether the teacher reads more than (or, for an external
         teacher, the same as) the student, so that scoring it is of use."""
-        if not self.reads_context:
-            return [self.prompt(prompt, None) for prompt in prompts], [True] * len(prompts)
-        contexts = self.contexts(rows)
         teacher_prompts = [self.prompt(p, context) for p, context in zip(prompts, contexts, strict=True)]
-        return teacher_prompts, [context is not None for context in contexts]
+        return teacher_prompts, [context is not None or not self.reads_context for context in contexts]
 
     def first_and_longest(self, rows: Iterable[Mapping[str, Any]]) -> tuple[int | None, int | None]:
         """The indices of the first row with privileged context and of the one with most text (prompt and context);
@@ -141,7 +129,7 @@ class PrivilegedPromptCollator:
             if context is None:
                 continue
             first = index if first is None else first
-            size = len(context) + len(str(row["prompt"]))
+            size = len(text_in(context)) + len(text_of(row["prompt"]))
             if size > most:
                 longest, most = index, size
         return first, longest
@@ -172,9 +160,17 @@ def text_of(turns: str | Sequence[Mapping[str, Any]]) -> str:
     """The text of a prompt or a completion, without what tools wrote."""
     if isinstance(turns, str):
         return turns
+    return _turns_text(turn for turn in turns if turn.get("role") != "tool")
+
+
+def tools_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
+    """What tools wrote in a completion."""
+    return "" if isinstance(turns, str) else _turns_text(turn for turn in turns if turn.get("role") == "tool")
+
+
+def _turns_text(turns: Iterable[Mapping[str, Any]]) -> str:
     # chat templates that parse their output put the thinking into a field of its own
-    parts = ("reasoning_content", "content")
-    contents = [turn[part] for turn in turns if turn.get("role") != "tool" for part in parts if turn.get(part)]
+    contents = [turn[part] for turn in turns for part in ("reasoning_content", "content") if turn.get(part)]
     return "\n".join(
         content if isinstance(content, str) else " ".join(part.get("text") or "" for part in content)
         for content in contents
@@ -261,12 +257,11 @@ def _split_template(template: str, needs_context: bool) -> tuple[list[tuple[str,
     return before, [(literal, name) for literal, name, _, _ in pieces[at + 1 :]]
 
 
-def _text_of(content: Any, column: str, index: int) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
-        return "".join(part["text"] for part in content)
-    raise TypeError(
-        f"Column {column!r} (privileged_column) of row {index} holds a message whose content is neither a string nor "
-        f"a list of text parts: {content!r:.80}."
-    )
+def _filled(pieces: list[tuple[str, str | None]], context: Context | None) -> list[dict[str, Any]]:
+    """A half of the template as content parts."""
+    own = [{"type": "text", "text": context or ""}] if context is None or isinstance(context, str) else context
+    return merged(opened(p) for text, name in pieces for p in ({"type": "text", "text": text}, *(own if name else ())))
+
+
+def _joined(parts: list[dict[str, Any]]) -> str:
+    return "".join(part["text"] for part in parts)

@@ -4,24 +4,29 @@ refused if it cannot be right."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
 
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_rlsd.collator import PrivilegedPromptCollator, check_length
+from trl_rlsd.context import Context, texts_in
+from trl_rlsd.images import RowImages, TeacherPrompts, prompt_with_images
 
 
 logger = get_logger(__name__)
+
+# an image is a run of the same token, hundreds of times
+_RUN = re.compile(r"(<[^<>\s]{1,40}>)\1{3,}")
 
 
 class PromptCheck:
     """
     Args:
         collator: builds the teacher's prompts.
-        tokenize: prompts -> token ids, as the trainer tokenizes the student's.
+        tokenize: prompts -> token ids and images, as the trainer tokenizes the student's.
         tokenizer: decodes them.
         max_completion_length: tokens that must fit behind a prompt.
         positions: the model's, None if it has no limit.
@@ -30,7 +35,7 @@ class PromptCheck:
     def __init__(
         self,
         collator: PrivilegedPromptCollator,
-        tokenize: Callable[[list], list[list[int]]],
+        tokenize: Callable[[list], tuple[list[list[int]], list[RowImages | None]]],
         tokenizer: PreTrainedTokenizerBase,
         max_completion_length: int,
         positions: int | None,
@@ -54,51 +59,59 @@ class PromptCheck:
                 "trained with plain GRPO credit."
             )
             return
-        prompts, _ = self.collator.prompts([rows[longest]], [rows[longest]["prompt"]])
-        self._check_lengths(self.tokenize(prompts))
-        prompt = [rows[first]["prompt"]]
-        teacher_prompts, _ = self.collator.prompts([rows[first]], prompt)
-        self._show(rows[first], self.tokenize(prompt)[0], self.tokenize(teacher_prompts)[0])
+        for index in (longest, first):
+            row = dataset[index]
+            prompts, contexts = [prompt_with_images(row)], self.collator.contexts([row])
+            ids = self.tokenize(self.collator.prompts(contexts, prompts)[0])[0]
+            self._check_lengths(ids)
+        self._show(contexts[0], self.tokenize(prompts)[0][0], ids[0])
 
-    def batch(self, rows: Sequence[Mapping[str, Any]], prompts: list) -> tuple[list[list[int]], list[bool]]:
-        """The teacher's prompt ids of a batch, and for each row whether scoring it is of use. `prompts` are those that
-        the student will read. Raises: ValueError, TypeError."""
-        teacher_prompts, has_context = self.collator.prompts(rows, prompts)
-        teacher_ids = self.tokenize(teacher_prompts)
-        self._check_lengths(teacher_ids)
-        if not self.shown and any(has_context):
-            first = has_context.index(True)
-            self._show(rows[first], self.tokenize(prompts)[first], teacher_ids[first])
-        return teacher_ids, has_context
+    def batch(self, contexts: Sequence[Context | None], prompts: list) -> TeacherPrompts:
+        """The teacher's prompts of a batch. `prompts` are those that the student will read. Raises: ValueError,
+        TypeError."""
+        teacher_prompts, useful = self.collator.prompts(contexts, prompts)
+        ids, images = self.tokenize(teacher_prompts)
+        self._check_lengths(ids)
+        teacher = TeacherPrompts(ids, images, useful)
+        self.show(contexts, prompts, teacher)
+        return teacher
 
-    def wrong(self, prompts: list, references: Sequence[str | None]) -> tuple[list[list[int]], list[bool]]:
-        """The prompt ids with wrong references in the place of the right ones, and for each row whether it has one
-        that fits into the model. The lengths are not known before sampling, so that one too long is left out."""
+    def late(self, contexts: Sequence[Context | None], prompts: list) -> TeacherPrompts:
+        """The prompts with contexts that are known only once completions have been sampled: a wrong sibling's, an
+        environment's. What does not fit into the model is then left out, so that nothing paid for is lost."""
         # all rows: with environments TRL pairs the prompts that it tokenizes with the batch's environments
-        ids = self.tokenize([self.collator.prompt(p, r) for p, r in zip(prompts, references, strict=True)])
+        ids, images = self.tokenize([self.collator.prompt(p, c) for p, c in zip(prompts, contexts, strict=True)])
         room = math.inf if self.positions is None else self.positions - self.max_completion_length
-        return ids, [r is not None and len(own) <= room for r, own in zip(references, ids, strict=True)]
+        fits = [c is not None and len(own) <= room for c, own in zip(contexts, ids, strict=True)]
+        return TeacherPrompts(ids, images, fits)
 
     def rollout(self, prompts: list, rollout_ids: Sequence[Sequence[int]]) -> None:
         """Warn, once, of a `rollout_func` that samples from another prompt than the trainer renders."""
         if self._rollout_checked:
             return
         self._rollout_checked = True
-        if any(list(a) != list(b) for a, b in zip(rollout_ids, self.tokenize(prompts), strict=True)):
+        if any(list(a) != list(b) for a, b in zip(rollout_ids, self.tokenize(prompts)[0], strict=True)):
             logger.warning(
                 "`rollout_func` samples from another prompt than the one that the trainer renders. The teacher reads "
                 "the trainer's, so the gain also measures that difference: render the prompt in `rollout_func` as "
                 "the trainer does (same chat template, tools and chat_template_kwargs)."
             )
 
+    def show(self, contexts: Sequence[Context | None], prompts: list, teacher: TeacherPrompts) -> None:
+        """Show and check the first row that the teacher reads more of; once. Raises: ValueError."""
+        if not self.shown and any(teacher.useful):
+            first = teacher.useful.index(True)
+            self._show(contexts[first], self.tokenize(prompts)[0][first], teacher.ids[first])
+
     def _check_lengths(self, prompt_ids: Sequence[Sequence[int]]) -> None:
         check_length([len(ids) for ids in prompt_ids], self.max_completion_length, self.positions)
 
-    def _show(self, row: Mapping[str, Any], student_ids: list[int], teacher_ids: list[int]) -> None:
+    def _show(self, context: Context | None, student_ids: list[int], teacher_ids: list[int]) -> None:
         self.shown = True
         student, teacher = self.tokenizer.decode(student_ids), self.tokenizer.decode(teacher_ids)
-        if self.collator.reads_context:
+        for text in texts_in(context) if self.collator.reads_context else ():
             # encoded and decoded like the prompts, so that what a tokenizer drops is dropped here too
-            context = self.tokenizer.encode(self.collator.context(row), add_special_tokens=False)
-            self.collator.check_rendered(self.tokenizer.decode(context), student, teacher)
-        logger.info(f"The student reads:\n{student}\nThe teacher reads:\n{teacher}")
+            decoded = self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False))
+            self.collator.check_rendered(decoded, student, teacher)
+        shown = (_RUN.sub(lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text) for text in (student, teacher))
+        logger.info("The student reads:\n{}\nThe teacher reads:\n{}".format(*shown))

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from trl_rlsd import spans
 from trl_rlsd.collator import left_padded, teacher_inputs
+from trl_rlsd.images import RowImages, forward_fields
 
 
 logger = get_logger(__name__)
@@ -136,7 +137,8 @@ class TeacherPass:
     """Scores completions after the teacher's prompts.
 
     Args:
-        token_logps: model, ids (n, L), mask (n, L), T -> log-probs (n, T) in nats of the last T tokens.
+        token_logps: model, ids (n, L), mask (n, L), T, and the fields of images by name -> log-probs (n, T) in nats of
+            the last T tokens.
         autocast: a context for forwards that `token_logps` does not make.
         pad_token_id: the tokenizer's.
         budget: tokens of one forward, see `plan`.
@@ -175,28 +177,40 @@ class TeacherPass:
         ids: torch.Tensor,
         mask: torch.Tensor,
         rows: Sequence[int],
+        images: Sequence[RowImages | None] | None = None,
     ) -> torch.Tensor:
         """Log-probs (B, T) in float32, in nats; 0 in the rows that are not to be scored, and at pads.
 
-        Shapes: `prompt_ids` B lists; completion `ids`, `mask` (B, T), padded on the right; `rows` their numbers.
+        Shapes: `prompt_ids` B lists; completion `ids`, `mask` (B, T), padded on the right; `rows` their numbers;
+        `images` of the B prompts, for a model that reads some.
         """
         lengths = spans.lengths(mask)
-        batches = self.plan(prompt_ids, lengths, rows, ids.device)
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        for batch in batches:
-            score = self._shared if batch.shared else self._whole
-            for chosen, scores in score(model, prompt_ids, ids, mask, batch, lengths):
-                logps[chosen, : scores.size(1)] = scores.float()
-        idle = 0 if self.equalize is None else self.equalize(len(batches)) - len(batches)
-        for _ in range(idle):
-            list(self._whole(model, prompt_ids, ids, mask, MicroBatch(((0,),), shared=False), [1] * len(ids)))
+        prompts = prompt_ids, images or [None] * len(prompt_ids)
+        # apart: no processor's fields say of a batch which rows have images
+        for with_images in (False,) if images is None else (False, True):
+            batches = self.plan(
+                prompt_ids, lengths, [row for row in rows if (prompts[1][row] is not None) == with_images], ids.device
+            )
+            # before the first forward, which with sharded weights is a collective call itself
+            idle = 0 if self.equalize is None else self.equalize(len(batches)) - len(batches)
+            for batch in batches:
+                if batch.shared:
+                    scored = self._shared(model, prompt_ids, ids, mask, batch, lengths)
+                else:
+                    scored = self._whole(model, *prompts, ids, mask, batch, lengths)
+                for chosen, scores in scored:
+                    logps[chosen, : scores.size(1)] = scores.float()
+            for _ in range(idle):
+                list(self._whole(model, *prompts, ids, mask, _idle(prompts[1], with_images), [1] * len(ids)))
         return logps * mask
 
-    def _whole(self, model, prompt_ids, ids, mask, batch, lengths):
+    def _whole(self, model, prompt_ids, images, ids, mask, batch, lengths):
         chosen, width = batch.rows, max(lengths[row] for row in batch.rows)
         prompts = [prompt_ids[row] for row in chosen]
         inputs = teacher_inputs(prompts, ids[chosen, :width], mask[chosen, :width], self.pad_token_id)
-        yield chosen, self.token_logps(model, *inputs, width)
+        fields = forward_fields([images[row] for row in chosen], inputs[0].size(1) - width, ids[chosen, :width])
+        yield chosen, self.token_logps(model, *inputs, width, **fields)
 
     def _shared(self, model, prompt_ids, ids, mask, batch, lengths):
         # The last token of a prompt goes with the completions: it predicts the first of them.
@@ -232,6 +246,18 @@ class TeacherPass:
                 )
 
             yield chosen, self.token_logps(continued, torch.cat([last, ids[chosen, :width]], dim=1), own_mask, width)
+
+
+def _idle(images: Sequence[RowImages | None], with_images: bool) -> MicroBatch:
+    """A row whose forward calls the same modules as the other processes'."""
+    row = next((row for row, own in enumerate(images) if (own is not None) == with_images), None)
+    if row is None:
+        kind, other = ("with", "without") if with_images else ("without", "with")
+        raise RuntimeError(
+            f"With sharded weights all processes must run the same modules, but in this batch one scores rows {kind} "
+            f"images and this one has only rows {other}. Give all rows images, or none, or use DDP or ZeRO-2."
+        )
+    return MicroBatch(((row,),), shared=False)
 
 
 class _PrefixLayer(DynamicLayer):
@@ -291,6 +317,8 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
         return "its adapter puts tokens of its own before the prompt"
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base.config, "vision_config"):
+        return "it reads images"
     missing = {"past_key_values", "position_ids", "logits_to_keep"} - set(signature(type(base).forward).parameters)
     if missing:
         return f"its forward takes no {', '.join(sorted(missing))}"

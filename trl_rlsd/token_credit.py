@@ -8,12 +8,14 @@ A batch is what TRL's trainer buffers, with `teacher_logps` (B, T) and `teacher_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
+from trl_rlsd import losses
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import gain, get_credit, informative, lambda_at, mean_one, signed_weight, token_advantages
+from trl_rlsd.images import TeacherPrompts
 from trl_rlsd.metrics import gain_metrics, place_metrics, sign_agreement, weight_metrics
 
 
@@ -157,6 +159,72 @@ class TokenCredit:
             weights = signed_weight(evidence, advantages, self.clip_range(advantages))
             values |= weight_metrics(advantages, *weights, weighed)
         return values
+
+
+def scored_rows(
+    credit: TokenCredit,
+    batch: Batch,
+    right: TeacherPrompts,
+    wrong: TeacherPrompts | None,
+    score: Callable[..., torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.Tensor | int, torch.Tensor | int]]]:
+    """What the teacher says of a batch's completions, and how many rows it did not score and why, as metrics.
+
+    Args:
+        right, wrong: what it reads before them; `wrong` for a contrast, in the same pass.
+        score: prompt ids, images, completion ids, mask, row numbers -> log-probs (rows, T), 0 in the other rows.
+
+    Shapes: `teacher_logps` (B, T) in nats, `teacher_scored` (B,); with a contrast also `wrong_logps`, `wrong_scored`.
+    """
+    ids, mask, rows = batch["completion_ids"], batch["completion_mask"], len(right.ids)
+    scored = credit.needs_teacher(batch, torch.tensor(right.useful, device=ids.device))
+    counts = {"no_context": (rows - sum(right.useful), rows)}
+    prompt_ids, images, chosen = right.ids, right.images, scored
+    if wrong is not None:
+        found = scored & torch.tensor(wrong.useful, device=ids.device)
+        counts["no_contrast"] = ((scored & ~found).sum(), scored.sum())
+        scored = found if credit.args.contrast_fallback == "grpo" else scored
+        prompt_ids, images, chosen = prompt_ids + wrong.ids, images + wrong.images, torch.cat([scored, found])
+        ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+    logps = score(prompt_ids, images, ids, mask, chosen.nonzero().squeeze(1).tolist())
+    scores = {"teacher_logps": logps[:rows], "teacher_scored": scored}
+    if wrong is not None:
+        scores |= {"wrong_logps": logps[rows:], "wrong_scored": found}
+    return scores, counts | {"skipped": (rows - scored.sum(), rows)}
+
+
+def fused_loss(
+    credit: TokenCredit,
+    token_credit: Callable[..., torch.Tensor],
+    inputs: Batch,
+    step: int,
+    *,
+    accumulation_steps: int,
+    window: float,
+) -> losses.FusedLoss:
+    """The fused loss of a micro-batch, with token credit chunk by chunk.
+
+    Args:
+        token_credit: batch, log-probs, rows -> token advantages.
+        window: micro-batches of all processes that `num_items_in_batch` counts the tokens of, per optimizer step.
+    """
+    args, mask, uncredited = credit.args, counted(inputs), {**inputs}
+
+    def credited(logps, rows):
+        losses.check_finite(logps, mask[rows], step, rows)
+        if credit.is_plain(uncredited, step):
+            return uncredited["advantages"][rows]
+        return token_credit(uncredited, logps, rows)
+
+    factors = losses.row_factors(
+        args.loss_type,
+        mask,
+        max_completion_length=args.max_completion_length,
+        accumulation_steps=accumulation_steps,
+        num_items=inputs["num_items_in_batch"].clamp(min=1.0) / window,
+    )
+    ratio = inputs.get("importance_sampling_ratio") if args.use_vllm else None
+    return losses.FusedLoss.from_config(args, inputs, mask, factors, credited, ratio=ratio)
 
 
 def counted(batch: Batch) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """RLSDTrainer: GRPOTrainer with token credit from a privileged self-teacher.
 
-The only file that knows TRL's private names; `tests/test_contract.py` states what is expected of each. No TRL method
-body is repeated here; these are extended, each through `super()`:
+With `resumable.py` the only file that knows TRL's private names; `tests/test_contract.py` states what is expected of
+each. No TRL method body is repeated here; these are extended, each through `super()`:
 
     train                                the self-check of the prompts
     _set_signature_columns_if_needed     the privileged column survives remove_unused_columns
@@ -14,7 +14,7 @@ body is repeated here; these are extended, each through `super()`:
                                          use_liger_loss that forward takes the fused loss; TRL's body then works on
                                          log-probs without gradient, for its metrics
     log                                  the rlsd/* metrics
-    _save/_load_optimizer_and_scheduler  teacher and unused completions travel with the optimizer's state
+    _save/_load_optimizer_and_scheduler  the teacher travels with the optimizer's state
     token_labels, observe_credit         for subclasses: more that a credit function can read, and what it made of it
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 import textwrap
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,32 +30,34 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
-from transformers.trainer import OPTIMIZER_NAME
-from trl import GRPOTrainer
+from transformers.trainer import SCHEDULER_NAME
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
 from trl_rlsd import checks, losses
 from trl_rlsd.alarms import AlarmCallback
-from trl_rlsd.collator import PrivilegedPromptCollator, text_of
+from trl_rlsd.collator import PrivilegedPromptCollator, text_of, tools_text
 from trl_rlsd.config import RLSDConfig
+from trl_rlsd.context import ENVIRONMENT_METHOD, Context, gives_context
 from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
-from trl_rlsd.data import CUT_COLUMN
 from trl_rlsd.external import external_teacher
+from trl_rlsd.images import RowImages, row_images, with_images_in_every_forward, without_missing_images
 from trl_rlsd.leakage import leak_metrics
 from trl_rlsd.metrics import MetricSums
+from trl_rlsd.privileged_batch import PrivilegedBatch
 from trl_rlsd.prompt_check import PromptCheck
-from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts, steps_of_batch
+from trl_rlsd.resumable import ResumableTrainer
+from trl_rlsd.rollouts import steps_of_batch
 from trl_rlsd.spans import CreditSpan, TokenSpan, final_answer_span
-from trl_rlsd.teacher import STATE_FILE, Teacher, TeacherCallback, build_teacher, scoring
+from trl_rlsd.teacher import STATE_FILE, STATE_FOLDER, Teacher, TeacherCallback, build_teacher, scoring
 from trl_rlsd.teacher_pass import TeacherPass, resolve_sharing
-from trl_rlsd.token_credit import TokenCredit, counted
+from trl_rlsd.token_credit import TokenCredit, counted, fused_loss, scored_rows
 
 
 logger = get_logger(__name__)
 
 
-class RLSDTrainer(GRPOTrainer):
+class RLSDTrainer(ResumableTrainer):
     """
     Trainer for RLSD, reinforcement learning from verifiable rewards with token credit from a privileged self-teacher
     ([Self-Distilled RLVR](https://huggingface.co/papers/2604.03128)).
@@ -104,11 +105,10 @@ class RLSDTrainer(GRPOTrainer):
     }
 
     # Class attributes, so that a trainer made without __init__ (as in TRL's own tests) still runs TRL's methods.
-    _rows: list[Mapping[str, Any]] | None = None
+    _privileged: PrivilegedBatch | None = None
     _wanted: bool = False
-    _prompts: list | None = None
-    _teacher_prompts: tuple[list[list[int]], list[bool]] | None = None
     _verdicts: tuple[list, torch.Tensor] | None = None
+    _tool_mask: list[list[int]] | None = None
     _loss_inputs: dict[str, Any] | None = None
     _fused: losses.FusedLoss | None = None
 
@@ -138,7 +138,8 @@ class RLSDTrainer(GRPOTrainer):
         )
         self._teacher_is_used, contrast = self._credit.uses_teacher, self._credit.credit.contrast
         checks.check_teacher_model(args.teacher_model_kind, teacher_model, self._teacher_is_used)
-        if self._teacher_is_used and self._collator.reads_context:
+        reads_column = self._teacher_is_used and self._collator.reads_context
+        if reads_column and grpo_kwargs.get("environment_factory") is None:
             checks.check_column(train_dataset, args.privileged_column)
         self._wrong_column = args.contrast_column if contrast else None
         if self._wrong_column is not None:
@@ -147,6 +148,8 @@ class RLSDTrainer(GRPOTrainer):
 
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
+        checks.keep_4bit_layout(self.model)
+        self._hide_context_method()
         self._span = CreditSpan(args.credit_span, self._tokenizer)
         self._answer_span = TokenSpan(final_answer_span, self._tokenizer)
         self._credit_metrics, self._eval_metrics = (MetricSums(self.accelerator.device) for _ in range(2))
@@ -156,13 +159,17 @@ class RLSDTrainer(GRPOTrainer):
             self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps))
         if not self._teacher_is_used:
             return
+        self._collator.images = self._is_vlm
+        pools = self._environment_pool.values() if self.environment_factories is not None else ()
+        if reads_column and not all(gives_context(pool[0]) for pool in pools):
+            checks.check_column(train_dataset, args.privileged_column)
         self._check_setup()
         self.teacher = self._build_teacher(teacher_model)
         self.add_callback(TeacherCallback(self.teacher))
         self._teacher_pass = self._build_teacher_pass()
         self._prompt_check = PromptCheck(
             self._collator,
-            lambda prompts: self._tokenize_prompts(prompts)[0],
+            self._tokenized,
             self._tokenizer,
             self.max_completion_length,
             checks.position_limit(
@@ -174,16 +181,21 @@ class RLSDTrainer(GRPOTrainer):
 
     def _check_setup(self) -> None:
         row = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) else {}
-        has_template = bool(self.chat_template or self._tokenizer.chat_template)
-        checks.check_processing(self.processing_class, self._is_vlm, has_template, is_conversational(row))
-        model_type = self.model.config.get_text_config().model_type
+        checks.check_template(self.chat_template or self.processing_class.chat_template, is_conversational(row))
+        checks.check_adapter(self.model)
         checks.warn(
-            checks.dropout_warning(self.model), checks.sampler_warning(self.args), checks.position_warning(model_type)
+            checks.dropout_warning(self.model),
+            checks.sampler_warning(self.args),
+            checks.position_warning(self.model.config.get_text_config().model_type),
+            checks.check_quantized(self.model, self.args.teacher_model_kind, self.args.use_vllm),
         )
 
-    def _sharded(self) -> bool:
-        zero_3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        return self.is_fsdp_enabled or zero_3
+    def _hide_context_method(self) -> None:
+        # TRL 1.16: every public method of an environment but `reset` and `get_reward` is a tool. The model must not be
+        # told of this one; `_generate` keeps it from calling it, whatever the credit.
+        self.tools = [tool for tool in self.tools if tool.__name__ != ENVIRONMENT_METHOD]
+        for name, tools in self._env_tools.items() if self.environment_factories is not None else ():
+            self._env_tools[name] = [tool for tool in tools if tool.__name__ != ENVIRONMENT_METHOD]
 
     def _build_teacher(self, teacher_model: str | PreTrainedModel | None) -> Teacher:
         student, args = self.accelerator.unwrap_model(self.model), self.args
@@ -205,11 +217,11 @@ class RLSDTrainer(GRPOTrainer):
             sync_steps=args.teacher_sync_steps,
             update_rate=args.teacher_update_rate,
             offload=args.teacher_offload,
+            sharded=self.weights_are_sharded,
             external=teacher_model,
         )
-        checks.warn(
-            checks.check_copies(args.teacher_model_kind, teacher.copies, self._sharded(), args.teacher_offload)
-        )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        checks.warn(checks.check_copies(args.teacher_model_kind, teacher.copies, plugin, args.teacher_offload))
         return teacher
 
     def _prepare_liger_loss(self) -> None:
@@ -220,12 +232,11 @@ class RLSDTrainer(GRPOTrainer):
 
     def _build_teacher_pass(self) -> TeacherPass:
         scored = self.teacher.model if self.args.teacher_model_kind == "external" else self.model
-        share = resolve_sharing(
-            self.args.teacher_shared_prefix, self.accelerator.unwrap_model(scored), self._sharded()
-        )
+        scored = self.accelerator.unwrap_model(scored)
+        share = resolve_sharing(self.args.teacher_shared_prefix, scored, self.weights_are_sharded)
 
-        def token_logps(model, ids, mask, tokens):
-            return super(RLSDTrainer, self)._get_per_token_logps_and_entropies(model, ids, mask, tokens)[0]
+        def token_logps(model, ids, mask, tokens, **images):
+            return super(RLSDTrainer, self)._get_per_token_logps_and_entropies(model, ids, mask, tokens, **images)[0]
 
         def most(count: int) -> int:
             return self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max().item()
@@ -236,7 +247,7 @@ class RLSDTrainer(GRPOTrainer):
             self._tokenizer.pad_token_id,
             budget=self.args.teacher_token_budget,
             share=share,
-            equalize=most if self._sharded() else None,
+            equalize=most if self.weights_are_sharded else None,
         )
 
     def train(self, *args, **kwargs):
@@ -252,46 +263,73 @@ class RLSDTrainer(GRPOTrainer):
             if column is not None and column not in self._signature_columns:
                 self._signature_columns.append(column)
 
+    def _tokenized(self, prompts: list) -> tuple[list[list[int]], list[RowImages | None]]:
+        """Token ids and images of prompts, as TRL makes them of the student's."""
+        if not self._is_vlm:
+            return self._tokenize_prompts(prompts)[0], [None] * len(prompts)
+        environments = self._batch_environments if self.environment_factories else [None] * len(prompts)
+        ids, images = [], []
+        try:
+            for prompt, environment in zip(prompts, environments, strict=True):
+                self._batch_environments = [environment]  # TRL pairs the prompts that it tokenizes with these
+                own_ids, own_images, fields = self._tokenize_prompts([prompt])
+                ids.append(list(own_ids[0]))
+                images.append(row_images(own_images, fields))
+        finally:
+            self._batch_environments = environments
+        return ids, images
+
     def _generate(self, prompts: list):
         # The last moment before samples are paid for, and the first at which the prompts are those that the student
         # will read (with environments, reset() has extended them).
-        self._prompts = prompts
-        if self._rows is None or not (self._wanted or (self._teacher_is_used and not self._prompt_check.shown)):
-            return super()._generate(prompts)
-        self._teacher_prompts = self._prompt_check.batch(self._rows, prompts)
-        generated = super()._generate(prompts)
-        if self.rollout_func is not None:
+        for tools in (*self._sync_tool_dicts, *self._async_tool_dicts) if self.tools else ():
+            tools.pop(ENVIRONMENT_METHOD, None)
+        privileged = self._privileged
+        if privileged is not None and (self._wanted or not self._prompt_check.shown):
+            privileged.read(prompts, self.environments)
+        *generated, images, tool_images = super()._generate(prompts)
+        self._tool_mask = generated[2]
+        if privileged is not None and self.rollout_func is not None:
             self._prompt_check.rollout(prompts, generated[0])
-        return generated
+        if privileged is not None and tool_images:
+            privileged.images_by_tools = list(map(bool, tool_images))
+        # TRL 1.16: rows without images are None among those with some, which the processors refuse
+        return *generated, images and [own or [] for own in images], tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = without_missing_images(inputs) if self._is_vlm else inputs
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         # lambda may be 0 now and positive when the batch's last slice is used
         steps = steps_of_batch(self.state.global_step, self._step, self.args)
         self._wanted = self._teacher_is_used and not all(map(self._credit.lambda_is_zero, steps))
-        self._rows = inputs
+        if self._teacher_is_used:
+            self._privileged = PrivilegedBatch(inputs, self._collator, self._prompt_check)
+            self._credit_metrics.add(self._privileged.cut)
         try:
             batch = super()._generate_and_score_completions(inputs)
             batch |= self.token_labels(batch, inputs)
-            if CUT_COLUMN in inputs[0]:
-                self._credit_metrics.add({CUT_COLUMN: (sum(row[CUT_COLUMN] or 0 for row in inputs), len(inputs))})
             if self._wanted:
                 self._add_spans(batch)
-                self._score_with_teacher(batch, *self._teacher_prompts)
+                self._score_with_teacher(batch, self._privileged)
             elif self._teacher_is_used:
                 self._credit_metrics.add({"skipped": (len(inputs), len(inputs))})
         finally:
-            self._rows = self._prompts = self._teacher_prompts = self._verdicts = None
+            self._privileged = self._verdicts = None
         return batch
 
     def _calculate_rewards(self, inputs, prompts, completions, ids, *args, **kwargs):
         rewards = super()._calculate_rewards(inputs, prompts, completions, ids, *args, **kwargs)
         self._verdicts = completions, rewards  # of this process, and of all processes by reward function
         metrics = self._credit_metrics if self.model.training else self._eval_metrics
-        metrics.add(right_metric(rewards, self._wrong(rewards)) | {"length": (sum(map(len, ids)), len(ids))})
-        texts = ([text_of(turns) for turns in column] for column in (completions, prompts))
-        metrics.add(leak_metrics(*texts, map(self._collator.readable, inputs), self.args.leak_phrases))
+        lengths = list(map(len, ids) if self._tool_mask is None else map(sum, self._tool_mask))
+        metrics.add(right_metric(rewards, self._wrong(rewards)) | {"length": (sum(lengths), len(lengths))})
+        if self._privileged is not None and self._wanted:
+            self._privileged.ask_environments()
+        contexts = self._privileged.texts if self._privileged else map(self._collator.readable, inputs)
+        # what a tool wrote the student has read, as it has its prompt
+        read = [f"{text_of(p)}\n{tools_text(c)}" for p, c in zip(prompts, completions, strict=True)]
+        metrics.add(leak_metrics(list(map(text_of, completions)), read, list(contexts), self.args.leak_phrases))
         return rewards
 
     def token_labels(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -304,46 +342,37 @@ class RLSDTrainer(GRPOTrainer):
 
     def _add_spans(self, batch: dict[str, Any]) -> None:
         """Add `answer_span` for the diagnostics, and `credit_span` where one is set, both (B, T)."""
-        ids, mask = batch["completion_ids"], batch["completion_mask"]
+        ids, mask = batch["completion_ids"], counted(batch)
         batch["answer_span"] = self._answer_span(ids, mask)
         if self._span.find is not None:
             span = batch["credit_span"] = self._span(ids, mask, self.state.global_step)
             self._credit_metrics.add({"no_span": (len(span) - span.any(1).sum(), len(span))})
 
-    def _score_with_teacher(self, batch: dict[str, Any], prompt_ids: list[list[int]], has_context: list[bool]) -> None:
+    def _score_with_teacher(self, batch: dict[str, Any], privileged: PrivilegedBatch) -> None:
         """Add `teacher_logps` (B, T), `teacher_scored` (B,); with a contrast also `wrong_logps`, `wrong_scored`."""
-        started = time.perf_counter()
-        ids, mask, rows = batch["completion_ids"], batch["completion_mask"], len(prompt_ids)
-        scored = self._credit.needs_teacher(batch, torch.tensor(has_context, device=ids.device))
-        contrast, found = self._credit.credit.contrast, None
-        if contrast:
-            wrong_ids, has_wrong = self._prompt_check.wrong(self._prompts, self._wrong_references())
-            found = scored & torch.tensor(has_wrong, device=ids.device)
-            self._credit_metrics.add({"no_contrast": ((scored & ~found).sum(), scored.sum())})
-            scored = found if self.args.contrast_fallback == "grpo" else scored
-            prompt_ids, ids, mask = prompt_ids + wrong_ids, ids.repeat(2, 1), mask.repeat(2, 1)  # one pass for both
-        chosen = (torch.cat([scored, found]) if contrast else scored).nonzero().squeeze(1).tolist()
-        logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        if chosen or self._sharded():
-            with self.teacher.weights(self.model) as model, scoring(model):
-                logps = self._teacher_pass(model, prompt_ids, ids, mask, chosen)
-        batch["teacher_logps"], batch["teacher_scored"] = logps[:rows], scored
-        if contrast:
-            batch["wrong_logps"], batch["wrong_scored"] = logps[rows:], found
-        if ids.device.type != "cpu":  # kernels are queued: without this the clock would time their launch
+        started, right, wrong = time.perf_counter(), privileged.teacher, None
+        if self._credit.credit.contrast:
+            wrong = privileged.wrong(self._wrong_references(privileged))
+        scores, counts = scored_rows(self._credit, batch, right, wrong, self._teacher_logps)
+        batch.update(scores)
+        if batch["completion_ids"].device.type != "cpu":  # without this the clock would time the kernels' launch
             torch.accelerator.synchronize()
-        counts = {"no_context": (rows - sum(has_context), rows), "skipped": (rows - scored.sum(), rows)}
         self._credit_metrics.add(counts | {"teacher_seconds": (time.perf_counter() - started, 1)})
 
-    def _wrong_references(self) -> list[str | None]:
+    def _teacher_logps(self, prompt_ids, images, ids, mask, rows: list[int]) -> torch.Tensor:
+        if not rows and not self.weights_are_sharded:
+            return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        with self.teacher.weights(self.model) as model, scoring(model):
+            return self._teacher_pass(model, prompt_ids, ids, mask, rows, images if self._is_vlm else None)
+
+    def _wrong_references(self, privileged: PrivilegedBatch) -> list[Context | None]:
         """Of this process's rows; siblings may lie on other processes."""
         if self._wrong_column is not None:
-            rows = enumerate(self._rows)
-            return [self._collator.text(row, self._wrong_column, "contrast_column", index) for index, row in rows]
+            return privileged.column(self._wrong_column, "contrast_column")
         completions, rewards = self._verdicts
-        spoken = references_of(list(map(text_of, completions)), self.args.contrast_reference)
-        own = self._collator.contexts(self._rows), self.accelerator.process_index * len(self._rows)
-        return wrong_references(gather_object(spoken), self._wrong(rewards), self.num_generations, *own)
+        spoken = gather_object(references_of(list(map(text_of, completions)), self.args.contrast_reference))
+        first = self.accelerator.process_index * len(completions)
+        return wrong_references(spoken, self._wrong(rewards), self.num_generations, privileged.right, first)
 
     def _wrong(self, rewards: torch.Tensor) -> list[bool]:
         return is_wrong(rewards, self.reward_weights, self.args.contrast_reward_below)
@@ -361,8 +390,10 @@ class RLSDTrainer(GRPOTrainer):
         finally:
             self._loss_inputs = self._fused = None
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model, ids, mask, logits_to_keep, batch_size=None, *args, **kwargs):
         inputs, self._loss_inputs = self._loss_inputs, None
+        kwargs, batch_size = with_images_in_every_forward(kwargs, batch_size)
+        args = ids, mask, logits_to_keep, batch_size, *args
         if inputs is None:
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         # The first call within TRL's loss is the student's own forward; its log-probs cost nothing more.
@@ -384,26 +415,11 @@ class RLSDTrainer(GRPOTrainer):
         return self._credit(inputs, student_logps, self.state.global_step, rows)
 
     def _fused_loss(self, inputs: dict[str, Any]) -> losses.FusedLoss:
-        mask, steps = counted(inputs), self.current_gradient_accumulation_steps
-        uncredited = {**inputs}
-
-        def credit(logps, rows):
-            losses.check_finite(logps, mask[rows], self.state.global_step, rows)
-            if self._credit.is_plain(uncredited, self.state.global_step):
-                return uncredited["advantages"][rows]
-            return self._token_credit(uncredited, logps, rows)
-
+        steps = self.current_gradient_accumulation_steps
         # num_items_in_batch spans the generation batch, of all processes
         window = self.accelerator.num_processes * self.args.steps_per_generation / steps
-        factors = losses.row_factors(
-            self.args.loss_type,
-            mask,
-            max_completion_length=self.max_completion_length,
-            accumulation_steps=steps,
-            num_items=inputs["num_items_in_batch"].clamp(min=1.0) / window,
-        )
-        ratio = inputs.get("importance_sampling_ratio") if self.use_vllm else None
-        return losses.FusedLoss.from_config(self.args, inputs, mask, factors, credit, ratio=ratio)
+        own = self._credit, self._token_credit, inputs, self.state.global_step
+        return fused_loss(*own, accumulation_steps=steps, window=window)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         prefix, metrics = ("", self._credit_metrics) if self.model.training else ("eval_", self._eval_metrics)
@@ -417,32 +433,18 @@ class RLSDTrainer(GRPOTrainer):
         # Beside the optimizer's state, not in the student's folder by way of save_pretrained: a checkpoint's model
         # files, and so what is pushed to the Hub, are the student's alone. `save_only_model` leaves both out.
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._teacher_is_used and self.args.should_save:
-            self.teacher.save(output_dir)
-        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
-            # some completions of the last generation are still to be used
-            path = rollouts_file(output_dir, self.accelerator.process_index)
-            save_rollouts(path, self._step, self._buffered_inputs, self.accelerator.num_processes)
+        if self._teacher_is_used:
+            self.teacher.save(output_dir, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called on resume, once the student's weights are loaded and before training begins.
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or not self._teacher_is_used or self.teacher.load(checkpoint):
             return
-        rollouts = load_rollouts(
-            rollouts_file(checkpoint, self.accelerator.process_index),
-            self.accelerator.num_processes,
-            self.args.steps_per_generation,
-            self.accelerator.device,
-        )
-        if rollouts is not None:
-            self._step, self._buffered_inputs = rollouts
-        if not self._teacher_is_used or self.teacher.load(checkpoint):
-            return
-        if os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+        if os.path.isfile(os.path.join(checkpoint, SCHEDULER_NAME)):
             raise ValueError(
-                f"{checkpoint} has no {STATE_FILE}, so the teacher cannot be restored: it was written by another "
-                "trainer, or is incomplete. Resume from another checkpoint; or, to start RLSD from these weights, "
-                "pass the folder as `model` instead of resuming."
+                f"{checkpoint} has no {STATE_FILE} nor {STATE_FOLDER}, so the teacher cannot be restored: it was "
+                "written by another trainer, or is incomplete. Resume from another checkpoint; or, to start RLSD from "
+                "these weights, pass the folder as `model` instead of resuming."
             )
         logger.warning(f"{checkpoint} was saved without training state: the teacher starts from its weights.")
