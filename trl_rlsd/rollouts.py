@@ -4,10 +4,12 @@ one. TRL 1.16 forgets them, and its place among them: it would generate anew."""
 from __future__ import annotations
 
 import os
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from trl import GRPOConfig
 
 
@@ -29,17 +31,33 @@ def load_rollouts(
     path: str, processes: int, steps_per_generation: int, device: torch.device
 ) -> tuple[int, list[dict[str, Any]]] | None:
     """What `save_rollouts` wrote; None where nothing was left to use, or where it does not fit this run's layout, in
-    which case a warning says so."""
-    if not os.path.isfile(path):
-        return None
-    state = torch.load(path, map_location=device, weights_only=True)
-    if (state["processes"], len(state["batches"])) != (processes, steps_per_generation):
-        logger.warning(
-            "The checkpoint's unused completions are of another number of processes or steps_per_generation; new ones "
-            "are generated."
+    which case a warning says so. Every process gets its own, or none gets any: they generate together.
+
+    Raises:
+        ValueError: on every process, where the file of one cannot be read.
+    """
+    state, torn = None, None
+    if os.path.isfile(path):
+        try:
+            # torch cannot restore to "cpu:0", which is what Accelerate calls the CPU of several processes
+            state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            torn = f"{path} cannot be read ({error})"
+    fits = state is not None and (state["processes"], len(state["batches"])) == (processes, steps_per_generation)
+    seen = gather_object([(torn, state is not None, fits)])
+    if torn := next((torn for torn, _, _ in seen if torn), None):
+        raise ValueError(
+            f"{torn}: the checkpoint is incomplete. Resume from another one; or delete its rlsd_rollouts_*.pt, "
+            "and the completions that they hold are generated anew."
         )
-        return None
-    return state["step"], state["batches"]
+    if all(fits for _, _, fits in seen):
+        return state["step"], state["batches"]
+    if any(found for _, found, _ in seen):
+        logger.warning(
+            "The checkpoint's unused completions are of another number of processes or steps_per_generation, or not "
+            "there for every process; new ones are generated."
+        )
+    return None
 
 
 def steps_of_batch(now: int, micro_batches: int, args: GRPOConfig) -> range:
