@@ -201,9 +201,8 @@ def score(built, prompts, completions, mask=None):
     """Teacher log-probs as the trainer computes them, for chosen prompts and completions."""
     completions = torch.tensor(completions)
     mask = torch.ones_like(completions) if mask is None else torch.tensor(mask)
-    batch = {"completion_ids": completions, "completion_mask": mask, "advantages": torch.ones(len(completions))}
-    built._score_with_teacher(batch, prompts, [True] * len(prompts))
-    return batch["teacher_logps"]
+    rows = list(range(len(completions)))
+    return built._teacher_logps(prompts, [None] * len(rows), completions, mask, rows)
 
 
 @PEFT

@@ -80,32 +80,27 @@ def check_rewards(reward_funcs: Any, *datasets: Any) -> None:
             check()
 
 
-def check_processing(processing_class: Any, is_vlm: bool, has_template: bool, conversational: bool) -> None:
-    """What turns rows into prompts must be able to do so for the teacher too.
+def check_template(template: str | dict | None, conversational: bool) -> None:
+    """Conversations need a chat template, the teacher's too.
 
     Raises: ValueError.
     """
-    if is_vlm:
-        raise ValueError(
-            f"{type(processing_class).__name__} is a processor: token credit for vision-language models is not "
-            "supported yet. Pass the tokenizer for text-only training, or credit='grpo'."
-        )
-    if conversational and not has_template:
+    if conversational and not template:
         raise ValueError(
             "processing_class has no chat template, but the dataset's prompts are conversational. Set "
             "`tokenizer.chat_template`, or give plain-text prompts."
         )
 
 
-def check_copies(kind: str, copies: bool, sharded: bool, offload: bool) -> str | None:
-    """Teachers that copy weights cannot copy shards yet; offloading needs something to offload.
+def check_copies(kind: str, copies: bool, fsdp_plugin: Any, offload: bool) -> str | None:
+    """FSDP1's flat parameters cannot be copied; offloading needs something to offload.
 
     Returns: a warning, or None. Raises: ValueError.
     """
-    if sharded and copies:
+    if copies and fsdp_plugin is not None and fsdp_plugin.fsdp_version == 1:
         raise ValueError(
-            f"teacher_model_kind={kind!r} with FSDP or ZeRO-3: a copy of sharded weights is not supported yet. Use "
-            "'live', 'base' with LoRA, or 'external'; or DDP or ZeRO-2."
+            f"teacher_model_kind={kind!r} copies weights, and FSDP1 keeps them in flat parameters. Set version 2 in "
+            "`fsdp_config` (`fsdp_version: 2` for Accelerate), or use 'live', 'base' with LoRA, or 'external'."
         )
     if offload and not copies:
         return f"teacher_offload=True has no effect: teacher_model_kind={kind!r} keeps no copy of the weights."
@@ -129,6 +124,75 @@ def check_head(head: nn.Module, has_router_loss: bool) -> None:
             "use_liger_loss=True with router_aux_loss_coef != 0: the fused forward does not return the router's "
             f"load-balancing loss. Set router_aux_loss_coef=0. Or: {alternative}"
         )
+
+
+def check_adapter(model: nn.Module) -> None:
+    """PEFT methods that TRL's fused head cannot score, or whose checkpoints cannot be resumed.
+
+    Raises: ValueError.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        # TRL 1.16, peft 0.21: all three fail at the first forward, with an error that names neither
+        if kind in ("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING"):
+            raise ValueError(
+                f"Adapter {name!r} is of type {kind}, whose forward does not pass on what TRL's fused LM head returns "
+                "or needs. Use another method, such as LoRA."
+            )
+        # peft 0.21 saves the virtual tokens that the encoder gives, not the encoder that is trained
+        if kind == "P_TUNING" or getattr(config, "prefix_projection", False):
+            raise ValueError(
+                f"Adapter {name!r} trains an encoder of virtual tokens ({kind}), which PEFT does not save: a "
+                "resumed run would go on from another model. Use prompt tuning, prefix tuning without "
+                "prefix_projection, or LoRA."
+            )
+    # peft 0.21: the wrapper of a head whose tokens are trained
+    if hasattr(model.get_output_embeddings(), "token_adapter"):
+        raise ValueError(
+            "trainable_token_indices reaches the LM head (tied to the embeddings, or named): TRL's fused head reads "
+            "the head's weights as they were before training. Take a model with tie_word_embeddings=False, train the "
+            "tokens of embed_tokens alone, or use modules_to_save=['embed_tokens']."
+        )
+
+
+def check_quantized(model: nn.Module, kind: str, use_vllm: bool) -> str | None:
+    """What bitsandbytes' formats cost in exactness.
+
+    Returns: a warning, or None. Raises: ValueError.
+    """
+    if use_vllm and getattr(model, "is_loaded_in_4bit", False):
+        # TRL 1.16: VLLMGeneration.sync_weights calls merge_adapter and unmerge_adapter
+        problem = (
+            "use_vllm=True with load_in_4bit=True: TRL merges the adapter into the base weights before it generates "
+            "and takes it out again, and PEFT rounds them to 4 bits each time, so the base model moves with every "
+            "generation."
+        )
+        if kind == "base":
+            raise ValueError(
+                f"{problem} teacher_model_kind='base' would score with a model that is not the base. Set "
+                "use_vllm=False, load the base without quantisation, or take 'synced', 'ema' or 'live'."
+            )
+        return f"{problem} Set use_vllm=False, or load the base without quantisation."
+    threshold = getattr(getattr(model.config, "quantization_config", None), "llm_int8_threshold", 0.0)
+    if getattr(model, "is_loaded_in_8bit", False) and threshold:
+        return (
+            f"load_in_8bit=True with llm_int8_threshold={threshold}: a feature above it in one token is kept in 16 "
+            "bits for all tokens of that forward, so that log-probs depend on what else is scored, and the gain holds "
+            "that (0.2 nats a token with SmolLM2-135M). Set llm_int8_threshold=0.0, or load_in_4bit=True."
+        )
+    return None
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference.
+
+    bitsandbytes 0.50 does so, for good, when a layer first runs in eval mode on a CPU with AVX512-BF16, and its kernel
+    for that layout has no backward: after one pass of the teacher, or one evaluation, no gradient would go through the
+    base any more (those of the first layer's adapters fell to 1/40 in a tiny Llama), and no error would say so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def position_limit(*models: nn.Module) -> int | None:
