@@ -105,7 +105,8 @@ class TokenSpan:
         self.name = name
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, step: int = 0) -> torch.Tensor:
-        """The tokens that overlap the span, (B, T) bool; none in a row in which it is not found.
+        """The tokens that overlap the span, (B, T) bool; none in a row in which it is not found. Tokens whose mask is
+        0 are in no span, and their text is blank.
 
         Raises: ValueError, where the function returned no pair of characters within the text; with step and row.
         """
@@ -114,17 +115,20 @@ class TokenSpan:
     def tokens(self, ids: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[torch.Tensor, int, int]:
         """The same, with the number of rows that have tokens and of those in which the span, even if empty, is."""
         span, rows, found_rows = torch.zeros(ids.shape, dtype=torch.bool), 0, 0
-        for row, (own, length) in enumerate(zip(ids.tolist(), lengths(mask), strict=True)):
+        for row, (own, kept, length) in enumerate(zip(ids.tolist(), mask.tolist(), lengths(mask), strict=True)):
             if length == 0:
                 continue
             text, characters = token_characters(own[:length], self.tokenizer)
+            for (first, after), is_own in zip(characters, kept[:length], strict=True):
+                if not is_own:  # a tool's, which may have tags and answers too
+                    text = text[:first] + " " * (after - first) + text[after:]
             found, rows = self.find(text), rows + 1
             if found is None:
                 continue
             start, end = self._checked(found, text, f"Step {step}: {self.name} returned {found!r} for row {row}")
             found_rows += 1
             for token, (first, after) in enumerate(characters):
-                span[row, token] = first < end and after > start
+                span[row, token] = kept[token] and first < end and after > start
         return span.to(ids.device), rows, found_rows
 
     @staticmethod

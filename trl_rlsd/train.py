@@ -27,6 +27,7 @@ from trl_rlsd.data.load import FORMATS, GYM, load_rows, read_source
 from trl_rlsd.data.presets import presets_for
 from trl_rlsd.data.privileged import Documents
 from trl_rlsd.dotted import find
+from trl_rlsd.dotted import load as load_callable
 from trl_rlsd.rewards import REWARDS, get_reward
 
 
@@ -77,23 +78,44 @@ class RLSDScriptArguments(ScriptArguments):
             "JSON."
         },
     )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={"help": "Functions that the model may call, as TRL's `tools`: dotted paths."},
+    )
+    environment_factory: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "An environment class or a function that makes one, as TRL's `environment_factory`: its dotted "
+            "path, or names and paths for a dataset with a column 'environment'; on the command line as JSON then."
+        },
+    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The model of teacher_model_kind='external'."}
     )
 
     def __post_init__(self):
-        for name in ("dataset_options", "curriculum", "reward_options"):
+        for name in ("dataset_options", "curriculum", "reward_options", "environment_factory"):
             value = getattr(self, name)
-            if isinstance(value, str):
+            is_path = name == "environment_factory" and not str(value).startswith("{")
+            if isinstance(value, str) and not is_path:
                 try:
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
-    """The parser of every field of the script, of RLSDConfig and of TRL's ModelConfig."""
-    return TrlParser((RLSDScriptArguments, RLSDConfig, ModelConfig), prog=prog)
+class _LaunchParser(TrlParser):
+    """Parses, but makes no config of it: what a config checks may hold only among the processes that are launched."""
+
+    def parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, **kwargs):
+        return self.parse_known_args(args=args)
+
+
+def make_parser(prog: str | None = None, *, launches: bool = False) -> TrlParser:
+    """The parser of every field of the script, of RLSDConfig and of TRL's ModelConfig; with `launches`, one that tells
+    fields from the launcher's arguments, and nothing more."""
+    kind = _LaunchParser if launches else TrlParser
+    return kind((RLSDScriptArguments, RLSDConfig, ModelConfig), prog=prog)
 
 
 def launcher_arguments(rest: list[str]) -> list[str]:
@@ -162,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     launcher_arguments(rest)  # the launcher has taken these by now; anything else is a mistake
     trainer = build_trainer(script, args, model, evaluates=args.eval_strategy != "no")
     resume = args.resume_from_checkpoint
-    # `--resume_from_checkpoint true` takes the newest checkpoint of output_dir
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    # a flag's value is text: true takes the newest whole checkpoint of output_dir, false none
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"Model saved to {args.output_dir}.")
     if args.push_to_hub:
@@ -190,12 +212,12 @@ def build_trainer(
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
-    if not script.reward_funcs:
+    names, options = script.reward_funcs or [], script.reward_options or {}
+    if not names and not script.environment_factory:  # which may have a reward of its own
         raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
-    options = script.reward_options or {}
-    if unused := [name for name in options if name not in script.reward_funcs]:
+    if unused := [name for name in options if name not in names]:
         raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
-    rewards = [get_reward(name, options.get(name)) for name in script.reward_funcs]
+    rewards = [get_reward(name, options.get(name)) for name in names]
     # once for both: a function of the user's may take its time, and need not return the same twice
     load = cache(lambda: load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming))
     path = model.model_name_or_path
@@ -221,8 +243,23 @@ def build_trainer(
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         teacher_model=script.teacher_model_name_or_path,
+        **_tools(script),
         callbacks=[*(callbacks or []), *([_curriculum(script.curriculum)] if script.curriculum else [])],
     )
+
+
+def _tools(script: RLSDScriptArguments) -> dict:
+    """What the model may call, as arguments of the trainer."""
+
+    def found(field_name: str, path: str) -> Callable:
+        return load_callable(field_name, path, "None", "or class as TRL takes it")
+
+    environments = script.environment_factory or None
+    if isinstance(environments, dict):
+        environments = {name: found("environment_factory", path) for name, path in environments.items()}
+    elif environments:
+        environments = found("environment_factory", environments)
+    return {"tools": [found("tools", path) for path in script.tools or []], "environment_factory": environments}
 
 
 def _curriculum(given: dict) -> Curriculum:

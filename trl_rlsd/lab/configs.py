@@ -40,6 +40,8 @@ _SHARED = (
     "dataset_test_split",
     "reward_funcs",
     "reward_weights",
+    "tools",
+    "environment_factory",
     "contrast_reward_below",
     "leak_phrases",
     "max_steps",

@@ -111,10 +111,12 @@ def grade_or_error(grade: Callable[..., float], *arguments: Any) -> float | Exce
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion: its own, or that of its last message; "" where it has none."""
+    """The text of a completion: its own, or that of its last message; "" where it has none, or a tool wrote it (TRL
+    1.16 ends a completion so where the tool's text has left no room for another turn)."""
     if isinstance(completion, str):
         return completion
-    content = completion[-1].get("content") if completion else None
+    last = completion[-1] if completion else {}
+    content = last.get("content") if last.get("role") != "tool" else None
     if isinstance(content, list):  # parts, as of vision-language models
         content = "".join(part.get("text") or "" for part in content)
     return content or ""
