@@ -120,11 +120,14 @@ def run_on_two_ranks(folder: Path, script: str) -> list:
     """Run a script on two processes in a folder, and load what each has saved as rank0.pt and rank1.pt."""
     (folder / "run.py").write_text(script)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            _, errors = launcher.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends its workers, which would outlive a kill
+            raise
+    assert launcher.returncode == 0, errors[-3000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -141,6 +144,11 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 def differs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(autouse=True)

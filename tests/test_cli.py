@@ -77,6 +77,17 @@ def test_launcher_keys_may_stand_in_the_config_file(project):
     assert "rlsd_lamda" in done.stderr
 
 
+def test_what_holds_among_several_processes_is_not_asked_of_the_launcher(project, monkeypatch):
+    """Two processes with two completions each make one group of four."""
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", (launched := []).append)
+    monkeypatch.chdir(project)
+    flags = ["--per_device_train_batch_size", "2", "--num_processes", "2"]
+    assert cli.main(["train", "--config", "run.yaml", *flags]) == 0
+    assert launched[0].training_script_args == ["--config", "run.yaml", *flags[:2]]
+    with pytest.raises(ValueError, match=r"generation_batch_size \(2\) must be divisible"):
+        main(["--config", "run.yaml", *flags[:2]])
+
+
 def test_a_mistake_in_the_config_is_told_with_its_field(project):
     done = command(project, "train", "--config", "run.yaml", "--rlsd_lambda", "3")
     assert done.returncode != 0

@@ -144,7 +144,7 @@ def _train(argv: list[str]) -> int:
 
     from trl_rlsd.train import launcher_arguments, make_parser
 
-    parser = make_parser(prog="trl-rlsd train")
+    parser = make_parser(prog="trl-rlsd train", launches=True)
     parser.description = _TRAIN_HELP
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     *_, from_file, from_flags = parser.parse_args_and_config(
