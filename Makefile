@@ -19,11 +19,12 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED) sandbox
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# What code_reward runs programs in. Tests that need it are skipped where it is missing, and say so.
+# bubblewrap is what code_reward runs programs in; ip makes the network between two "hosts". Tests that need them are
+# skipped where they are missing, and say so.
 sandbox:
-	@command -v bwrap > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
-		&& apt-get update -qq && apt-get install -qq --yes bubblewrap; } \
-		|| echo "bubblewrap is not installed; its tests will be skipped: sudo apt-get install bubblewrap"
+	@{ command -v bwrap && command -v ip; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq && apt-get install -qq --yes bubblewrap iproute2; } \
+		|| echo "Some tests will be skipped; for all of them: sudo apt-get install bubblewrap iproute2"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

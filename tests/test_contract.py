@@ -1,4 +1,5 @@
-"""What trainer.py expects of TRL's and transformers' private parts. A red test names what an upgrade changed."""
+"""What trainer.py and resumable.py expect of TRL's and transformers' private parts. A red test names what an upgrade
+changed."""
 
 import inspect
 
@@ -9,6 +10,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 from trl_rlsd import RLSDTrainer
+from trl_rlsd.resumable import ResumableTrainer
 
 
 # name -> what is expected of it
@@ -28,6 +30,18 @@ PRIVATE = {
     "_load_optimizer_and_scheduler": "(checkpoint): called on resume, after the weights, before on_train_begin",
     "_step": "micro-batches done; 0 after a resume",
     "_buffered_inputs": "the batches of the last generation, list of dicts of tensors and lists; None after a resume",
+    "_save_checkpoint": "(model, trial): writes a checkpoint, then deletes older ones",
+    "_save_rng_state": "(output_dir): the last that every process writes, before older checkpoints are deleted",
+    "_load_from_checkpoint": "(resume_from_checkpoint, model): loads the weights by name",
+    "_load_best_model": "(): loads the weights of state.best_model_checkpoint by name",
+    "_init_training_state": "(max_steps, steps per epoch, epochs, ...) -> (epochs, batches) that are done",
+    "_get_train_sampler": "(...) -> what draws the order of the rows, an epoch's with each iteration",
+    "_get_output_dir": "(trial) -> the folder that checkpoints are written to",
+    "_batch_environments": "the name of each row's environment; `_tokenize_prompts` pairs prompts with them",
+    "_env_tools": "{environment name: tools}: every public method of an environment but reset and get_reward",
+    "_sync_tool_dicts": "for each row of the batch the tools that may be called, by name",
+    "_async_tool_dicts": "the same, of async ones",
+    "_environment_pool": "{name: instances}, one of each kind after construction",
     "_tokenizer": "the tokenizer, also where processing_class is a processor",
     "_is_vlm": "whether processing_class is a processor",
     "_attn_implementation": "of a model's config",
@@ -43,9 +57,11 @@ SUBMODULES = [
     "transformers.cache_utils.Cache",
     "transformers.cache_utils.DynamicLayer",
     "transformers.cache_utils.DynamicSlidingWindowLayer",
-    "transformers.trainer.OPTIMIZER_NAME",
+    "transformers.trainer.SCHEDULER_NAME",
+    "transformers.trainer.TRAINER_STATE_NAME",
     "transformers.trainer_callback.PrinterCallback",
     "transformers.trainer_callback.ProgressCallback",
+    "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR",
     "transformers.utils.ModelOutput",
     "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "trl.data_utils.is_conversational",
@@ -72,6 +88,8 @@ def test_the_methods_have_the_signatures_that_are_extended():
     assert parameters("_set_signature_columns_if_needed") == ["self"]
     assert parameters("_save_optimizer_and_scheduler") == ["self", "output_dir"]
     assert parameters("_load_optimizer_and_scheduler") == ["self", "checkpoint"]
+    assert parameters("_save_checkpoint") == ["self", "model", "trial"]
+    assert parameters("_save_rng_state") == ["self", "output_dir"]
     names = parameters("_get_per_token_logps_and_entropies")
     assert names[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
 
@@ -84,12 +102,12 @@ def test_the_constructor_starts_with_the_arguments_that_are_named():
 
 def test_no_name_of_ours_shadows_one_of_trls():
     extended = {"__init__", "train", "log", *METHODS}
-    ours = {name for name, value in vars(RLSDTrainer).items() if callable(value)} - extended
+    ours = {name for kind in (RLSDTrainer, ResumableTrainer) for name, value in vars(kind).items() if callable(value)}
+    ours -= extended
     assert not {name for name in ours if hasattr(GRPOTrainer, name)}
     attributes = vars(trainer_attributes())
     own = {
-        "_rows",
-        "_teacher_prompts",
+        "_privileged",
         "_loss_inputs",
         "_fused",
         "_teacher_pass",
@@ -219,7 +237,7 @@ def test_training_state_is_loaded_after_the_weights_and_before_training_begins(t
 def test_the_trainer_runs_without_our_init():
     """TRL's own tests build trainers with object.__new__ and call methods that pass through `_generate`."""
     bare = object.__new__(RLSDTrainer)
-    assert bare._rows is None
+    assert bare._privileged is None
     assert bare._loss_inputs is None
     assert inspect.getattr_static(Trainer, "_save_optimizer_and_scheduler")
 
@@ -227,7 +245,15 @@ def test_the_trainer_runs_without_our_init():
 def test_private_attributes_are_there(tmp_path):
     built = trainer(tmp_path, args=config(tmp_path, credit="grpo"))
     built._set_signature_columns_if_needed()
-    missing = [name for name in PRIVATE if name != "_attn_implementation" and not hasattr(built, name)]
+    elsewhere = {
+        "_attn_implementation",
+        "_batch_environments",
+        "_environment_pool",
+        "_env_tools",
+        "_sync_tool_dicts",
+        "_async_tool_dicts",
+    }
+    missing = [name for name in PRIVATE if name not in elsewhere and not hasattr(built, name)]
     assert missing == []
     assert built._signature_columns == ["prompt", "image", "images", "privileged_context"]
     assert isinstance(built.model.config._attn_implementation, str)
