@@ -30,9 +30,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Under 20 minutes on 2 cores. DEVICE=cuda takes the GPU's sizes.
+# About half an hour on 2 cores. DEVICE=cuda takes the GPU's sizes.
 DEVICE ?= cpu
-BENCHMARKS := loss_paths teacher_pass update_time scaling rewards code_reward
+BENCHMARKS := loss_paths teacher_pass update_time scaling rewards code_reward step_cost
 
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \

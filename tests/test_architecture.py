@@ -108,7 +108,7 @@ def test_pure_rooms_need_torch_alone(module):
 def test_rooms_stay_readable():
     for path in MODULES:
         tree = ast.parse(path.read_text())
-        assert len(path.read_text().splitlines()) <= 450, path
+        assert len(path.read_text().splitlines()) <= 480, path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, (path, node.name)

@@ -201,10 +201,8 @@ def train(folder, kind, peft, *, processes, resume=None, **options) -> dict:
         teacher_token_budget=64,  # a row or two at a time: the processes have different numbers of forwards
         per_device_train_batch_size=8 // processes,
         max_steps=3,
-        optim="sgd",
-        learning_rate=0.3,
         **external,
-        **options,
+        **{"optim": "sgd", "learning_rate": 0.3, **options},
     )
     scored, score = [], built._teacher_pass.__call__
     built._teacher_pass = lambda *args: scored.append(len(args[4])) or score(*args)
@@ -408,6 +406,19 @@ torch.save(results, f"rank{{distributed.get_rank()}}.pt")
         expected = train(tmp_path / "one", kind, peft, processes=1)
         assert_same_update([rank["straight"][kind, peft] for rank in ranks], expected)
     assert_resumed(ranks)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_whole_weights_is_resumed_too(tmp_path):
+    """TRL's fsdp2 config asks for it. Not with plain SGD: its state is empty, and torch cannot load that."""
+    runs = [("synced", False), ("synced", True)]
+    whole_weights = {**FSDP["fsdp_config"], "state_dict_type": "FULL_STATE_DICT"}
+    options = FSDP | {"fsdp_config": whole_weights, "optim": "adamw_torch", "learning_rate": 1e-2}
+    script = f"""{PRELUDE}
+import fsdp_cpu
+torch.save(run_all({runs}, {runs}, {options}), f"rank{{distributed.get_rank()}}.pt")
+"""
+    assert_resumed(run_on_two_ranks(tmp_path, script))
 
 
 @pytest.mark.slow

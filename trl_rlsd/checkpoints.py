@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -53,7 +54,7 @@ def saving(folder: str, accelerator: Accelerator, saves: bool) -> Iterator[None]
     accelerator.wait_for_everyone()
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save's, on a full disk
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # torch.save raises the second
         error.add_note(_what_is_left(Path(folder)))
         raise
 
@@ -130,7 +131,10 @@ def fault(folder: Path) -> str | None:
     """
     if (folder / _SENTINEL).exists():
         return f"{_SENTINEL} is there"
-    manifest = _manifest(folder)
+    try:
+        manifest = _manifest(folder)
+    except ValueError:  # after a power failure
+        return f"{MANIFEST} is torn"
     for name, size in manifest["files"].items():
         if not (path := folder / name).is_file():
             return f"{name} is missing"
@@ -148,7 +152,7 @@ def fault(folder: Path) -> str | None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST  # written whole or not at all
+    path = folder / MANIFEST
     return json.loads(path.read_text()) if path.is_file() else {"files": {}, "later": [TRAINER_STATE_NAME]}
 
 

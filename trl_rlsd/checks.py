@@ -3,6 +3,7 @@ and fix."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -104,6 +105,40 @@ def check_copies(kind: str, copies: bool, fsdp_plugin: Any, offload: bool) -> st
         )
     if offload and not copies:
         return f"teacher_offload=True has no effect: teacher_model_kind={kind!r} keeps no copy of the weights."
+    return None
+
+
+def check_storage(copies_shards: bool, save_on_each_node: bool) -> None:
+    """Shards of all processes make one folder. Raises: ValueError."""
+    if copies_shards and save_on_each_node:
+        raise ValueError(
+            "save_on_each_node=True with sharded weights: the teacher's shards would lie on several machines' disks, "
+            "where none could read them all. Set output_dir to storage that all machines see, and "
+            "save_on_each_node=False."
+        )
+
+
+def check_mixed_images(lacking: Sequence[bool | None], sharded: bool) -> str | None:
+    """Batches without images beside batches with some, on several processes.
+
+    Args:
+        lacking: of each dataset whether rows lack images, None where that is not known.
+
+    Returns: a warning, or None. Raises: ValueError.
+    """
+    if sharded and any(lacking):
+        raise ValueError(
+            "Some rows of the dataset have no image: with sharded weights (FSDP, ZeRO-3) every process must run the "
+            "vision tower whenever one does, and a batch without images does not. Give every row an image, train on "
+            "the rows with images alone, or use DDP or ZeRO-2."
+        )
+    if sharded and None in lacking:
+        return (
+            "It is not known whether every row has an image. With sharded weights a batch without images on one "
+            "process, and with images on another, would make the run hang."
+        )
+    if any(lacks is not False for lacks in lacking):
+        return "Images are left out of the logged completions (log_multimodal): rows without images may be among them."
     return None
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from torch.nn.functional import pad
 from trl import is_conversational, prepare_multimodal_messages
 
@@ -120,19 +122,48 @@ def _evened(values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def prompt_with_images(row: Mapping[str, Any]) -> Any:
     """The prompt of a dataset row with the images of its column `image` or `images` in their places, as TRL does."""
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    images = list(_images_of(row))
     if not images or not is_conversational(row):
         return row["prompt"]
     return prepare_multimodal_messages(row["prompt"], images=images)
 
 
-def without_missing_images(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """TRL 1.16 takes a batch for one with images wherever the dataset has a column for them, and fails where no row of
-    the batch has any, unless that is said by empty lists."""
-    has_column = any(name in row for row in rows for name in ("image", "images"))
-    if not has_column or any(row.get("image") is not None or row.get("images") for row in rows):
+def with_image_lists(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their images as lists in `images`, empty where there are none: TRL 1.16 hands None on to processors,
+    which refuse it, among rows with images and where no row of a batch has any."""
+    if not any(name in row for row in rows for name in ("image", "images")):
         return rows
-    return [{**row, "images": []} for row in rows]
+    return [{**row, "images": list(_images_of(row))} for row in rows]
+
+
+def _images_of(row: Mapping[str, Any]) -> Sequence:
+    return row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+
+
+def lacks_images(dataset: Any) -> bool | None:
+    """Whether some rows of a dataset have no image where others may; None where that is not known before they are
+    read: of a stream, and of images within prompts."""
+    if dataset is None:
+        return False
+    if not isinstance(dataset, Dataset):
+        return None
+    name = next((name for name in ("images", "image") if name in dataset.column_names), None)
+    column = None if name is None else dataset.data.column(name)
+    if column is None:
+        content = dataset.features["prompt"] if "prompt" in dataset.column_names else None
+        return None if "Image" in repr(content) or "bytes" in repr(content) else False
+    if column.null_count == len(column):
+        return False
+    lengths = pc.min(pc.list_value_length(column)).as_py() if name == "images" else 1
+    return column.null_count > 0 or lengths == 0
+
+
+def same_prompt(first: Any, second: Any) -> bool:
+    """Whether two prompts are the same, pixels included; False where images cannot be compared."""
+    try:
+        return bool(first == second)
+    except ValueError:  # arrays
+        return False
 
 
 def with_images_in_every_forward(fields: dict[str, Any], batch_size: int | None) -> tuple[dict[str, Any], int | None]:

@@ -45,14 +45,14 @@ class PrivilegedBatch:
         rows = enumerate(zip(self.rows, self._late, strict=True))
         reads = self.collator.reads_context
         self.contexts = [self.collator.context(row, i) if reads and late is None else None for i, (row, late) in rows]
-        if not any(late is not None for late in self._late):
-            self._teacher = self.check.batch(self.contexts, prompts)
+        self._teacher = self.check.batch(self.contexts, prompts)
 
     def ask_environments(self) -> None:
         """The rollouts are over and rewarded: environments say what they know."""
         for row, environment in enumerate(self._late):
             if environment is not None:
                 self.contexts[row] = environment_context(environment, images=self.collator.images)
+                self._teacher = None  # its prompts are made anew
 
     def column(self, name: str, field: str) -> list[Context | None]:
         """Another column with references, named by a config field."""
@@ -67,8 +67,9 @@ class PrivilegedBatch:
     @property
     def texts(self) -> list[str | None]:
         """The privileged text of each row, for diagnostics; None where there is none, or none was read."""
-        contexts = self.contexts or [None] * len(self.rows)
-        return [text_in(own) or self.collator.readable(row) for own, row in zip(contexts, self.rows, strict=True)]
+        if self.contexts is None or not self.collator.reads_context:
+            return list(map(self.collator.readable, self.rows))
+        return list(map(text_in, self.contexts))
 
     @property
     def right(self) -> list[str | None]:

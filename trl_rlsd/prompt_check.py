@@ -52,6 +52,9 @@ class PromptCheck:
         """At the start: the first row with privileged context is rendered and shown, and the row with most text must
         fit into the model. Raises: ValueError, TypeError."""
         rows = dataset.select_columns([c for c in ("prompt", self.collator.column) if c in dataset.column_names])
+        if "Image(" in repr(rows.features):  # text alone is looked at: no image is decoded for it
+            tables = rows.with_format("arrow").iter(batch_size=256)
+            rows = (row for table in tables for row in table.to_pylist())
         first, longest = self.collator.first_and_longest(rows)
         if first is None:
             logger.warning(

@@ -11,6 +11,8 @@ override is there for something that transformers 5.23 or TRL 1.16 does otherwis
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -43,8 +45,8 @@ class ResumableTrainer(GRPOTrainer):
         resume = checkpoints.choose(resume_from_checkpoint, self.args.output_dir, self.accelerator, saves)
         return super().train(resume, *args, **kwargs)
 
-    def _get_train_sampler(self, *args):
-        self._train_sampler = super()._get_train_sampler(*args)
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
@@ -74,20 +76,25 @@ class ResumableTrainer(GRPOTrainer):
         checkpoints.seal(output_dir, self.accelerator, self.args.should_save, later)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        loaded = self.accelerator.unwrap_model(model or self.model)
+        with self._restoring(resume_from_checkpoint, model or self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with self._restoring(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    @contextmanager
+    def _restoring(self, folder: str, model: torch.nn.Module) -> Iterator[None]:
+        """Mends what is loaded within the block: dtypes, and weights under other names."""
+        loaded = self.accelerator.unwrap_model(model)
         dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        yield
         if self.weights_are_sharded:
             return
         # peft 0.21 reads adapters back in float32; TRL 1.16 trains those of a quantised base in bfloat16
         for name, parameter in loaded.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
-        checkpoints.restore_renamed(loaded, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not self.weights_are_sharded:
-            checkpoints.restore_renamed(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        checkpoints.restore_renamed(loaded, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Called on resume, once the weights are loaded and before training begins.

@@ -83,6 +83,18 @@ def drop_gathered(model: nn.Module, parameters: Iterable[torch.Tensor] = ()) -> 
         parameter.partition()  # nothing happens to those that are not gathered
 
 
+def gather_head(head: nn.Module | None) -> None:
+    """Let the fused loss read a whole LM head, whose gradient FSDP2 then reduces.
+
+    TRL 1.16 reads the head's weights without calling it, so a head that FSDP2 shards as a unit of its own (Accelerate
+    does where it does not find the last norm beside it, as in Qwen3-VL) is not gathered by itself. What TRL then takes
+    instead, `full_tensor()`, leaves the gradient unreduced: every process would train its part of the head on its own
+    rows alone.
+    """
+    if isinstance(head, FSDPModule):
+        head.unshard()
+
+
 def save(
     folder: Path, parameters: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor], about: dict
 ) -> None:

@@ -34,14 +34,21 @@ from transformers.trainer import SCHEDULER_NAME
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
-from trl_rlsd import checks, losses
+from trl_rlsd import checks, losses, shards
 from trl_rlsd.alarms import AlarmCallback
 from trl_rlsd.collator import PrivilegedPromptCollator, text_of, tools_text
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.context import ENVIRONMENT_METHOD, Context, gives_context
 from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
 from trl_rlsd.external import external_teacher
-from trl_rlsd.images import RowImages, row_images, with_images_in_every_forward, without_missing_images
+from trl_rlsd.images import (
+    RowImages,
+    lacks_images,
+    row_images,
+    same_prompt,
+    with_image_lists,
+    with_images_in_every_forward,
+)
 from trl_rlsd.leakage import leak_metrics
 from trl_rlsd.metrics import MetricSums
 from trl_rlsd.privileged_batch import PrivilegedBatch
@@ -159,10 +166,6 @@ class RLSDTrainer(ResumableTrainer):
             self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps))
         if not self._teacher_is_used:
             return
-        self._collator.images = self._is_vlm
-        pools = self._environment_pool.values() if self.environment_factories is not None else ()
-        if reads_column and not all(gives_context(pool[0]) for pool in pools):
-            checks.check_column(train_dataset, args.privileged_column)
         self._check_setup()
         self.teacher = self._build_teacher(teacher_model)
         self.add_callback(TeacherCallback(self.teacher))
@@ -180,6 +183,15 @@ class RLSDTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ checks, before anything is generated
 
     def _check_setup(self) -> None:
+        self._collator.images = self._is_vlm
+        if self._is_vlm and self.accelerator.num_processes > 1:
+            lacking = [lacks_images(dataset) for dataset in (self.train_dataset, self.eval_dataset)]
+            checks.warn(checks.check_mixed_images(lacking, self.weights_are_sharded))
+            # TRL 1.16 gathers a batch's images on those processes whose batch has some
+            self.log_multimodal = self.log_multimodal and not any(lacks is not False for lacks in lacking)
+        pools = self._environment_pool.values() if self.environment_factories is not None else ()
+        if self._collator.reads_context and not all(gives_context(pool[0]) for pool in pools):
+            checks.check_column(self.train_dataset, self.args.privileged_column)
         row = self.train_dataset[0] if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) else {}
         checks.check_template(self.chat_template or self.processing_class.chat_template, is_conversational(row))
         checks.check_adapter(self.model)
@@ -222,6 +234,7 @@ class RLSDTrainer(ResumableTrainer):
         )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         checks.warn(checks.check_copies(args.teacher_model_kind, teacher.copies, plugin, args.teacher_offload))
+        checks.check_storage(self.weights_are_sharded and teacher.copies, args.save_on_each_node)
         return teacher
 
     def _prepare_liger_loss(self) -> None:
@@ -268,9 +281,14 @@ class RLSDTrainer(ResumableTrainer):
         if not self._is_vlm:
             return self._tokenize_prompts(prompts)[0], [None] * len(prompts)
         environments = self._batch_environments if self.environment_factories else [None] * len(prompts)
-        ids, images = [], []
+        ids, images, last = [], [], None
         try:
             for prompt, environment in zip(prompts, environments, strict=True):
+                if last is not None and same_prompt(last, (prompt, environment)):  # completions of one group
+                    ids.append(ids[-1])
+                    images.append(images[-1])
+                    continue
+                last = prompt, environment
                 self._batch_environments = [environment]  # TRL pairs the prompts that it tokenizes with these
                 own_ids, own_images, fields = self._tokenize_prompts([prompt])
                 ids.append(list(own_ids[0]))
@@ -297,7 +315,7 @@ class RLSDTrainer(ResumableTrainer):
         return *generated, images and [own or [] for own in images], tool_images
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = without_missing_images(inputs) if self._is_vlm else inputs
+        inputs = with_image_lists(inputs) if self._is_vlm else inputs
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         # lambda may be 0 now and positive when the batch's last slice is used
@@ -383,6 +401,8 @@ class RLSDTrainer(ResumableTrainer):
         self._credit_metrics.add(self._credit.lambdas(self.state.global_step))
         # a copy: the buffered batch is used again when num_iterations > 1, and credit must not be put upon credit
         self._loss_inputs = dict(inputs)
+        if self.is_fsdp_enabled:
+            shards.gather_head(self.accelerator.unwrap_model(self.model).get_output_embeddings())
         try:
             loss = super()._compute_loss(model, self._loss_inputs)
             # with a fused loss TRL's body has worked on log-probs without gradient, for its metrics
