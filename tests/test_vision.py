@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import assert_same, byte_tokenizer, config, differs, lora, tiny_llama, trainer, weights
-from vlm_models import TINY_VLMS, image_dataset
+from conftest import assert_same, byte_tokenizer, config, dataset, differs, lora, tiny_llama, trainer, weights
+from datasets import Dataset
+from vlm_models import TINY_VLMS, image_dataset, images
 
 from trl_rlsd import RLSDTrainer
 from trl_rlsd.context import opened
-from trl_rlsd.images import RowImages, forward_fields, prompt_with_images
+from trl_rlsd.images import RowImages, forward_fields, lacks_images, prompt_with_images
 
 
 MODELS = pytest.mark.parametrize("name", TINY_VLMS)
@@ -259,6 +260,18 @@ def test_batches_and_micro_batches_may_be_without_images(tmp_path, name):
     )
     read, *_ = watched(built)
     assert {own is not None for _, images, _ in read for own in images} == {True, False}
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_a_dataset_tells_whether_rows_lack_images(column):
+    assert lacks_images(image_dataset(images_column=column)) is False
+    assert lacks_images(image_dataset(images_column=column, mixed=True)) is True
+    assert lacks_images(image_dataset(images_column=column).to_iterable_dataset()) is None
+    assert lacks_images(dataset()) is False
+    empty = [[], images(1)]
+    assert lacks_images(Dataset.from_dict({"prompt": ["a", "b"], "images": empty})) is True
+    within = [[{"role": "user", "content": [{"type": "image", "image": images(1)[0]}]}]]
+    assert lacks_images(Dataset.from_dict({"prompt": within})) is None
 
 
 def test_an_image_that_lost_its_pixels_is_named():
