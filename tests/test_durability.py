@@ -372,12 +372,12 @@ def test_a_run_goes_on_with_another_number_of_processes(server, straight, straig
     # as many prompts a step as before; and the teacher stays as it was restored
     options = {"per_device_train_batch_size": 4 * before // after, "teacher_sync_steps": 100}
     job = {**DDP, "job": train if after == 1 else train_on_two_ranks, **options}
-    server.finish(tmp_path, **job, max_steps=step)  # nothing is left to do: what is there is what was restored
+    server.finish(tmp_path, **{**job, "max_steps": step})  # nothing is left to do: what is there is what was restored
     restored = torch.load(tmp_path / "result.pt")
     assert_same(restored["weights"], load_file(saved / "model.safetensors"))
     moments = torch.load(saved / "optimizer.pt")["state"].items()
     assert_same(restored["optimizer"], {f"{i} {k}": value for i, state in moments for k, value in state.items()})
-    server.finish(tmp_path, **job, max_steps=step + 1)
+    server.finish(tmp_path, **{**job, "max_steps": step + 1})
     end = torch.load(tmp_path / "result.pt")
     assert end["step"] == step + 1
     assert_same(end["teacher"], load_file(saved / TEACHER))
