@@ -43,10 +43,10 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE, extra: tuple[str, 
     )
 
 
-def tiny_llama(vocab_size: int = 258, seed: int = 0, **options) -> LlamaForCausalLM:
-    """Two layers with grouped-query attention. The weights are large enough for log-probs to differ by tenths of a
-    nat between prompts; at the usual 0.02 every gain would be about 0 and the tests would see nothing."""
-    torch.manual_seed(seed)
+def tiny_text(vocab_size: int, **options) -> dict:
+    """The config of a text model of two layers with grouped-query attention. The weights are large enough for
+    log-probs to differ by tenths of a nat between prompts; at the usual 0.02 every gain would be about 0 and the tests
+    would see nothing."""
     defaults = dict(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -60,7 +60,12 @@ def tiny_llama(vocab_size: int = 258, seed: int = 0, **options) -> LlamaForCausa
         eos_token_id=1,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(LlamaConfig(**{**defaults, **options}))
+    return {**defaults, **options}
+
+
+def tiny_llama(vocab_size: int = 258, seed: int = 0, **options) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**tiny_text(vocab_size, **options)))
 
 
 def lora(**options) -> LoraConfig:

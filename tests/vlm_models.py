@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_text
 from datasets import Dataset, Features, List, Value
 from datasets import Image as Feature
 from PIL import Image
@@ -67,20 +67,13 @@ def _tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, **options) -> dict:
-    return dict(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        **options,
-    )
+    return tiny_text(len(tokenizer), **options)
+
+
+def _vision(**options) -> dict:
+    """Of a vision tower that sees images or tiles of 28 x 28 pixels in 16 patches."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    return {**sizes, "image_size": 28, "patch_size": 7, **options}
 
 
 class _Qwen2_5VLProcessor(Qwen2_5_VLProcessor):
@@ -162,15 +155,7 @@ def tiny_internvl(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
         context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
     )
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        initializer_range=0.3,
-    )
+    vision = _vision(initializer_range=0.3)
     text = dict(model_type="qwen2", layer_types=["full_attention"] * 2, **_text(tokenizer))
     torch.manual_seed(seed)
     model = InternVLForConditionalGeneration(
@@ -194,15 +179,7 @@ def tiny_idefics3(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
         global_image_token="<global-img>",
         end_of_utterance_token="<end_of_utterance>",
     )
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        initializer_range=0.3,
-    )
+    vision = _vision(initializer_range=0.3)
     torch.manual_seed(seed)
     model = Idefics3ForConditionalGeneration(
         Idefics3Config(
@@ -228,15 +205,7 @@ def tiny_gemma3(seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
         sliding_window=64,
         layer_types=["sliding_attention", "full_attention"],
     )
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=7,
-        vision_use_head=False,
-    )
+    vision = _vision(vision_use_head=False)
     torch.manual_seed(seed)
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(

@@ -259,8 +259,13 @@ def _split_template(template: str, needs_context: bool) -> tuple[list[tuple[str,
 
 def _filled(pieces: list[tuple[str, str | None]], context: Context | None) -> list[dict[str, Any]]:
     """A half of the template as content parts."""
-    own = [{"type": "text", "text": context or ""}] if context is None or isinstance(context, str) else context
-    return merged(opened(p) for text, name in pieces for p in ({"type": "text", "text": text}, *(own if name else ())))
+    own = context if isinstance(context, list) else [{"type": "text", "text": context or ""}]
+    parts = []
+    for text, name in pieces:
+        parts.append({"type": "text", "text": text})
+        if name:
+            parts += map(opened, own)
+    return merged(parts)
 
 
 def _joined(parts: list[dict[str, Any]]) -> str:

@@ -231,8 +231,10 @@ class CopyTeacher(Teacher):
 
     def load(self, folder: str) -> bool:
         self._list()
-        path = next((path for name in (STATE_FOLDER, STATE_FILE) if (path := Path(folder, name)).exists()), None)
-        if path is None:
+        path = Path(folder, STATE_FOLDER)
+        if not path.exists():
+            path = Path(folder, STATE_FILE)
+        if not path.exists():
             if self.kind == "base" and not self.copy:
                 raise ValueError(
                     f"{folder} holds no teacher, and the sharded weights that training started from are gone. Resume "
