@@ -334,6 +334,7 @@ def test_it_ends_with_the_same_weights_after_twenty_random_moments(server, tmp_p
 
 
 DDP = {"job": train_on_two_ranks, "max_steps": 8}
+LOST = r"Signal 9 \(SIGKILL\)|(closed|reset) by peer|[Bb]roken pipe"
 
 
 def raises_on_the_second_rank(completions, trainer_state, **columns):
@@ -352,8 +353,9 @@ def straight_on_two(server, tmp_path_factory):
 def test_when_one_rank_dies_or_raises_all_end_and_the_run_goes_on(server, straight_on_two, tmp_path):
     """Within a minute, with the reason on stderr."""
     assert server.run(tmp_path, **DDP, limit=60, rank=1, victim="rlsd_rollouts_1.pt", count=2) == 1
-    # the launcher names what it has seen first: the rank that is gone, or the other one's lost connection
-    assert re.search(r"Signal 9 \(SIGKILL\) received|Connection closed by peer", log(tmp_path))
+    # the launcher names what it has seen first: the rank that is gone, or the other one's lost connection, which
+    # gloo words by the system call that has noticed it
+    assert re.search(LOST, log(tmp_path))
     assert checkpoints.fault(tmp_path / "checkpoint-3") is not None
     assert server.run(tmp_path, **DDP, limit=60, reward=raises_on_the_second_rank) == 1
     assert "checkpoint-3 (trainer_state.json is missing)" in log(tmp_path), "what is passed over is said"
@@ -388,7 +390,7 @@ def test_a_run_goes_on_with_another_number_of_processes(server, straight, straig
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "action, said",
-    [("raise ZeroDivisionError('broken')", "ZeroDivisionError: broken"), ("kill()", "SIGKILL|closed by peer")],
+    [("raise ZeroDivisionError('broken')", "ZeroDivisionError: broken"), ("kill()", LOST)],
     ids=["raises", "dies"],
 )
 def test_torchrun_ends_when_one_rank_raises_or_dies(tmp_path, action, said):
