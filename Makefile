@@ -19,12 +19,14 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED) sandbox
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# bubblewrap is what code_reward runs programs in; ip makes the network between two "hosts". Tests that need them are
-# skipped where they are missing, and say so.
+# bubblewrap is what code_reward runs programs in; ip makes the network between two "hosts"; pages are opened in
+# chromium. Tests that need them are skipped where they are missing, and say so.
+SYSTEM := bubblewrap iproute2 chromium
+
 sandbox:
-	@{ command -v bwrap && command -v ip; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
-		&& apt-get update -qq && apt-get install -qq --yes bubblewrap iproute2; } \
-		|| echo "Some tests will be skipped; for all of them: sudo apt-get install bubblewrap iproute2"
+	@{ command -v bwrap && command -v ip && command -v chromium; } > /dev/null || { test "$$(id -u)" = 0 \
+		&& command -v apt-get > /dev/null && apt-get update -qq && apt-get install -qq --yes $(SYSTEM) > /dev/null; } \
+		|| echo "Some tests will be skipped; for all of them: sudo apt-get install $(SYSTEM)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

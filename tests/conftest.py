@@ -1,8 +1,10 @@
 """Tiny models, tokenizers and datasets, built in code: no test needs a download."""
 
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -154,6 +156,40 @@ def differs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Debian's Chromium, driven by playwright; tests of pages are skipped without."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    """A function path -> context with the page, opened; afterwards it must have complained of nothing and have asked
+    for nothing but itself. `options` are playwright's."""
+
+    @contextmanager
+    def opened(path, **options):
+        context = chromium.new_context(**{"viewport": {"width": 900, "height": 900}, **options})
+        page, complaints, asked = context.new_page(), [], []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        yield page
+        context.close()
+        assert complaints == []
+        assert {url for url in asked if url != "about:srcdoc"} == {path.as_uri()}
+
+    return opened
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def test_every_field_has_help():
         "teacher_prompt_template", "teacher_offload", "teacher_token_budget", "teacher_shared_prefix",
         "use_liger_loss", "rlsd_lambda_negative", "rlsd_reweight_clip_range_negative", "credit_span",
         "credit_mean_one", "contrast_column", "contrast_reference", "contrast_reward_below", "contrast_fallback",
-        "leak_phrases", "alarm_steps", "alarm_thresholds",
+        "leak_phrases", "alarm_steps", "alarm_thresholds", "rlsd_log_credit_steps",
     }  # fmt: skip
     assert all(RLSDConfig.__dataclass_fields__[name].metadata["help"] for name in own)
 

@@ -2,14 +2,21 @@
 
 The rooms, upper ones import lower ones only:
 
-    cli           `trl-rlsd train | quickstart | compare`
+    cli           the commands of `trl-rlsd`
     lab           the same problems learned with several methods and seeds, with intervals
     train         the training script: a config file and flags in, a trained model out
     quickstart    a small, real run from nothing to a trained adapter
+    inspection    `trl-rlsd inspect`: which tokens get the credit, before anything is trained
+    doctor        `trl-rlsd doctor`: what is installed, what a recipe reads, whether it fits
     trainer       RLSDTrainer: wires the rooms below into TRL's GRPOTrainer
+    publishing    GRPOTrainer whose run leaves a record, and whose pushes hold what is meant for others
+    credit_log    pictures of credit while training
     resumable     GRPOTrainer whose resumed run is the run that was not interrupted
     privileged_batch
                   what the teacher reads for one generation batch
+    hub           publishing: what is uploaded, what never is, the model card
+    report        credit token by token, and a run's curves, as pages and in a terminal
+    run_record    what a run leaves of itself: settings and metrics
     config        RLSDConfig: fields and their ranges
     prompt_check  what both will read, rendered and shown before anything is generated
     teacher_pass  which completions are scored together, and what is encoded once

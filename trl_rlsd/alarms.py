@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 from accelerate.logging import get_logger
@@ -130,11 +130,18 @@ def check_thresholds(thresholds: Mapping[str, float | None] | None) -> None:
 
 
 class AlarmCallback(TrainerCallback):
-    """Alarms on what a trainer logs; Accelerate's logger speaks on the main process."""
+    """Alarms on what a trainer logs; Accelerate's logger speaks on the main process. `record` takes a step and what
+    to write down of an alarm."""
 
-    def __init__(self, thresholds: Mapping[str, float | None] | None, interval: int):
+    def __init__(
+        self,
+        thresholds: Mapping[str, float | None] | None,
+        interval: int,
+        record: Callable[[int, dict[str, str]], None],
+    ):
         self.thresholds = thresholds
         self.interval = interval
+        self.record = record
         self.alarms: Alarms | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -147,3 +154,4 @@ class AlarmCallback(TrainerCallback):
             return
         for name, sentence in self.alarms.update(state.global_step, logs or {}).items():
             logger.warning(f"Alarm {name} at step {state.global_step}: {sentence}")
+            self.record(state.global_step, {"alarm": name, "advice": sentence})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from trl_rlsd import __version__
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_compare_arguments(compare)
     if argv[:1] == ["train"]:
         return _train(argv[1:])
+    if argv[:1] == ["inspect"]:
+        return _told("inspect", lambda: _inspect(argv[1:]))
     options, rest = parser.parse_known_args(argv)
     options = vars(options)
     command = options.pop("command")
@@ -136,6 +138,21 @@ def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) ->
         print("Interrupted. Finished runs are kept; the same command goes on.", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(command: str, run: Callable[[], int]) -> int:
+    """A command whose mistakes are told in a line: they are the user's, and name field, value and fix."""
+    try:
+        return run()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"trl-rlsd {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _inspect(argv: list[str]) -> int:
+    from trl_rlsd.inspection import main
+
+    return main(argv)
 
 
 def _train(argv: list[str]) -> int:

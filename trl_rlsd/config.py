@@ -187,6 +187,14 @@ class RLSDConfig(GRPOConfig):
             "always; False: never. Models that cannot (recurrent or hybrid caches) score whole rows and say so."
         },
     )
+    rlsd_log_credit_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps between two pages that show a few completions with the credit of each token: "
+            "`completions/credit_*.html` in output_dir, and in trackio and W&B where they are on. 0: none. The pages "
+            "hold prompts and privileged context. None is written where lambda is 0."
+        },
+    )
     use_liger_loss: bool = field(
         default=False,
         metadata={
@@ -230,6 +238,7 @@ class RLSDConfig(GRPOConfig):
             ("teacher_sync_steps", 1),
             ("teacher_token_budget", 1),
             ("alarm_steps", 0),
+            ("rlsd_log_credit_steps", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

@@ -4,7 +4,6 @@ refused if it cannot be right."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
 from accelerate.logging import get_logger
@@ -14,12 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from trl_rlsd.collator import PrivilegedPromptCollator, check_length
 from trl_rlsd.context import Context, texts_in
 from trl_rlsd.images import RowImages, TeacherPrompts, prompt_with_images
+from trl_rlsd.texts import collapse
 
 
 logger = get_logger(__name__)
-
-# an image is a run of the same token, hundreds of times
-_RUN = re.compile(r"(<[^<>\s]{1,40}>)\1{3,}")
 
 
 class PromptCheck:
@@ -116,5 +113,4 @@ class PromptCheck:
             # encoded and decoded like the prompts, so that what a tokenizer drops is dropped here too
             decoded = self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False))
             self.collator.check_rendered(decoded, student, teacher)
-        shown = (_RUN.sub(lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text) for text in (student, teacher))
-        logger.info("The student reads:\n{}\nThe teacher reads:\n{}".format(*shown))
+        logger.info(f"The student reads:\n{collapse(student)}\nThe teacher reads:\n{collapse(teacher)}")

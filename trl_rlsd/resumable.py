@@ -1,7 +1,7 @@
 """GRPOTrainer whose resumed run is the run that was not interrupted.
 
-    checkpoint = weights, optimizer, random states, and: the completions that are still to be used, a manifest
-    resume     = a checkpoint that is whole -> weights by their names, dtypes, the place in the data
+    checkpoint = weights, optimizer, random states, and: the teacher, completions that are still to be used, a manifest
+    resume     = a checkpoint that is whole -> weights by their names, dtypes, the teacher, the place in the data
 
 Nothing here knows of credit. With `trainer.py` the only file that knows private names of TRL and transformers; each
 override is there for something that transformers 5.23 or TRL 1.16 does otherwise, and `tests/test_durability.py` and
@@ -15,11 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.logging import get_logger
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from trl_rlsd import checkpoints
 from trl_rlsd.rollouts import load_rollouts, rollouts_file, save_rollouts
+from trl_rlsd.teacher import STATE_FILE, STATE_FOLDER, Teacher
+
+
+logger = get_logger(__name__)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -33,6 +39,7 @@ class ResumableTrainer(GRPOTrainer):
     """
 
     _train_sampler: torch.utils.data.Sampler | None = None
+    teacher: Teacher | None = None  # set by a subclass that has one
 
     @property
     def weights_are_sharded(self) -> bool:
@@ -68,6 +75,10 @@ class ResumableTrainer(GRPOTrainer):
             # some completions of the last generation are still to be used
             path = rollouts_file(output_dir, self.accelerator.process_index)
             save_rollouts(path, self._step, self._buffered_inputs, self.accelerator.num_processes)
+        # Beside the optimizer's state, not in the student's folder by way of save_pretrained: a checkpoint's model
+        # files, and so what is pushed to the Hub, are the student's alone. `save_only_model` leaves both out.
+        if self.teacher is not None:
+            self.teacher.save(output_dir, write=self.args.should_save)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # transformers 5.23: the last that every process writes, before older checkpoints are deleted
@@ -109,3 +120,12 @@ class ResumableTrainer(GRPOTrainer):
         )
         if rollouts is not None:
             self._step, self._buffered_inputs = rollouts
+        if self.teacher is None or self.teacher.load(checkpoint):
+            return
+        if os.path.isfile(os.path.join(checkpoint, SCHEDULER_NAME)):
+            raise ValueError(
+                f"{checkpoint} has no {STATE_FILE} nor {STATE_FOLDER}, so the teacher cannot be restored: it was "
+                "written by another trainer, or is incomplete. Resume from another checkpoint; or, to start RLSD from "
+                "these weights, pass the folder as `model` instead of resuming."
+            )
+        logger.warning(f"{checkpoint} was saved without training state: the teacher starts from its weights.")

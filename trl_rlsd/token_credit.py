@@ -139,6 +139,20 @@ class TokenCredit:
             return positive
         return torch.where(advantages < 0, negative, positive).unsqueeze(1)
 
+    def weights(
+        self, batch: Batch, gains: torch.Tensor, scored: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The weights that the credit function makes of its evidence, and the same clipped, both (B, T); None for one
+        without. `gains`, `scored` (B, T): of the tokens that the teacher has scored."""
+        evidence = {"gain": gains, "reversed": -gains}.get(self.credit.evidence)
+        if self.credit.evidence == "contrast":
+            found = scored * batch["wrong_scored"].unsqueeze(1)
+            contrast = gain(batch["wrong_logps"], batch["teacher_logps"], found)
+            evidence = torch.where(batch["wrong_scored"].unsqueeze(1), contrast, gains)
+        if evidence is None:
+            return None
+        return signed_weight(evidence, batch["advantages"], self.clip_range(batch["advantages"]))
+
     def metrics(self, batch: Batch, student_logps: torch.Tensor, credited: torch.Tensor) -> dict:
         """See [`gain_metrics`], [`weight_metrics`], [`place_metrics`]; empty where no teacher has scored."""
         if "teacher_scored" not in batch:
@@ -146,18 +160,12 @@ class TokenCredit:
         advantages, scored = batch["advantages"], counted(batch) * batch["teacher_scored"].unsqueeze(1)
         gains = gain(student_logps, batch["teacher_logps"], scored)
         values = place_metrics(credited, advantages, counted(batch), batch.get("answer_span"))
-        evidence = {"gain": gains, "reversed": -gains}.get(self.credit.evidence)
         if self.credit.contrast:
             found = scored * batch["wrong_scored"].unsqueeze(1)
             values |= sign_agreement(gains, gain(student_logps, batch["wrong_logps"], found), found)
-            contrast = gain(batch["wrong_logps"], batch["teacher_logps"], found)
-            if self.credit.evidence == "contrast":
-                evidence = torch.where(batch["wrong_scored"].unsqueeze(1), contrast, gains)
         values |= gain_metrics(advantages, gains, scored)
-        if evidence is not None:
-            weighed = scored * batch.get("credit_span", 1)
-            weights = signed_weight(evidence, advantages, self.clip_range(advantages))
-            values |= weight_metrics(advantages, *weights, weighed)
+        if (weights := self.weights(batch, gains, scored)) is not None:
+            values |= weight_metrics(advantages, *weights, scored * batch.get("credit_span", 1))
         return values
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, IterableDataset, load_dataset
@@ -111,11 +111,11 @@ class _LaunchParser(TrlParser):
         return self.parse_known_args(args=args)
 
 
-def make_parser(prog: str | None = None, *, launches: bool = False) -> TrlParser:
-    """The parser of every field of the script, of RLSDConfig and of TRL's ModelConfig; with `launches`, one that tells
-    fields from the launcher's arguments, and nothing more."""
+def make_parser(prog: str | None = None, *, launches: bool = False, more: tuple[type, ...] = ()) -> TrlParser:
+    """The parser of every field of the script, of RLSDConfig, of TRL's ModelConfig and of `more` dataclasses; with
+    `launches`, one that tells fields from the launcher's arguments, and nothing more."""
     kind = _LaunchParser if launches else TrlParser
-    return kind((RLSDScriptArguments, RLSDConfig, ModelConfig), prog=prog)
+    return kind((RLSDScriptArguments, RLSDConfig, ModelConfig, *more), prog=prog)
 
 
 def launcher_arguments(rest: list[str]) -> list[str]:
@@ -225,27 +225,34 @@ def build_trainer(
     eval_dataset = _split(script, "dataset_test_split", path, load) if evaluates else None
     if evaluation_rows is not None:
         eval_dataset = eval_dataset.take(evaluation_rows)
+
+    from trl_rlsd.trainer import RLSDTrainer
+
+    trainer = RLSDTrainer(
+        model=model.model_name_or_path,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        **model_arguments(args, model),
+        teacher_model=script.teacher_model_name_or_path,
+        **_tools(script),
+        callbacks=[*(callbacks or []), *([_curriculum(script.curriculum)] if script.curriculum else [])],
+    )
+    is_own = Path(script.dataset_name or "").suffix.lower() in FORMATS or _DOTTED.fullmatch(script.dataset_name or "")
+    trainer.dataset_name = None if is_own else script.dataset_name
+    return trainer
+
+
+def model_arguments(args: RLSDConfig, model: ModelConfig) -> dict[str, Any]:
+    """What TRL's ModelConfig says, as arguments of the trainer; how the model is loaded goes into `args`."""
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-
-    from trl_rlsd.trainer import RLSDTrainer
-
-    return RLSDTrainer(
-        model=model.model_name_or_path,
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-        teacher_model=script.teacher_model_name_or_path,
-        **_tools(script),
-        callbacks=[*(callbacks or []), *([_curriculum(script.curriculum)] if script.curriculum else [])],
-    )
+    return {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
 
 
 def _tools(script: RLSDScriptArguments) -> dict:

@@ -14,15 +14,14 @@ each. No TRL method body is repeated here; these are extended, each through `sup
                                          use_liger_loss that forward takes the fused loss; TRL's body then works on
                                          log-probs without gradient, for its metrics
     log                                  the rlsd/* metrics
-    _save/_load_optimizer_and_scheduler  the teacher travels with the optimizer's state
     token_labels, observe_credit         for subclasses: more that a credit function can read, and what it made of it
 """
 
 from __future__ import annotations
 
-import os
-import textwrap
+import copy
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id, maybe_gather_lm_head_ctx
 
@@ -40,6 +38,7 @@ from trl_rlsd.collator import PrivilegedPromptCollator, text_of, tools_text
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.context import ENVIRONMENT_METHOD, Context, gives_context
 from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
+from trl_rlsd.credit_log import CreditLog
 from trl_rlsd.external import external_teacher
 from trl_rlsd.images import (
     RowImages,
@@ -53,10 +52,11 @@ from trl_rlsd.leakage import leak_metrics
 from trl_rlsd.metrics import MetricSums
 from trl_rlsd.privileged_batch import PrivilegedBatch
 from trl_rlsd.prompt_check import PromptCheck
-from trl_rlsd.resumable import ResumableTrainer
+from trl_rlsd.publishing import PublishingTrainer
+from trl_rlsd.report.page import CreditPictures
 from trl_rlsd.rollouts import steps_of_batch
 from trl_rlsd.spans import CreditSpan, TokenSpan, final_answer_span
-from trl_rlsd.teacher import STATE_FILE, STATE_FOLDER, Teacher, TeacherCallback, build_teacher, scoring
+from trl_rlsd.teacher import Teacher, TeacherCallback, build_teacher, scoring
 from trl_rlsd.teacher_pass import TeacherPass, resolve_sharing
 from trl_rlsd.token_credit import TokenCredit, counted, fused_loss, scored_rows
 
@@ -64,7 +64,7 @@ from trl_rlsd.token_credit import TokenCredit, counted, fused_loss, scored_rows
 logger = get_logger(__name__)
 
 
-class RLSDTrainer(ResumableTrainer):
+class RLSDTrainer(PublishingTrainer):
     """
     Trainer for RLSD, reinforcement learning from verifiable rewards with token credit from a privileged self-teacher
     ([Self-Distilled RLVR](https://huggingface.co/papers/2604.03128)).
@@ -95,21 +95,6 @@ class RLSDTrainer(ResumableTrainer):
     trainer.train()
     ```
     """
-
-    _tag_names = ["trl", "rlsd"]
-    _name = "RLSD"
-    _paper = {
-        "title": "Self-Distilled RLVR",
-        "id": "2604.03128",
-        "citation": textwrap.dedent("""\
-            @misc{yang2026selfdistilledrlvr,
-                title  = {{Self-Distilled RLVR}},
-                author = {Chenxu Yang and Chuanyu Qin and Qingyi Si and Minghui Chen and Naibin Gu and Dingyu Yao and
-                          Zheng Lin and Weiping Wang and Jiaqi Wang and Nan Duan},
-                year   = 2026,
-                eprint = {arXiv:2604.03128},
-            }"""),
-    }
 
     # Class attributes, so that a trainer made without __init__ (as in TRL's own tests) still runs TRL's methods.
     _privileged: PrivilegedBatch | None = None
@@ -162,8 +147,10 @@ class RLSDTrainer(ResumableTrainer):
         self._credit_metrics, self._eval_metrics = (MetricSums(self.accelerator.device) for _ in range(2))
         if args.use_liger_loss:
             self._prepare_liger_loss()
+        self._credit_log = CreditLog(self._credit, self._tokenizer, self.accelerator.is_main_process)
+        self.add_callback(self._credit_log)
         if args.alarm_steps:
-            self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps))
+            self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps, self.recorder.write))
         if not self._teacher_is_used:
             return
         self._check_setup()
@@ -297,6 +284,10 @@ class RLSDTrainer(ResumableTrainer):
             self._batch_environments = environments
         return ids, images
 
+    def prompt_ids(self, prompts: list) -> list[list[int]]:
+        """The token ids that the student reads, for a `rollout_func`: same chat template, tools and options."""
+        return self._tokenized(prompts)[0]
+
     def _generate(self, prompts: list):
         # The last moment before samples are paid for, and the first at which the prompts are those that the student
         # will read (with environments, reset() has extended them).
@@ -332,6 +323,8 @@ class RLSDTrainer(ResumableTrainer):
                 self._score_with_teacher(batch, self._privileged)
             elif self._teacher_is_used:
                 self._credit_metrics.add({"skipped": (len(inputs), len(inputs))})
+            teacher = self._privileged.teacher if self._wanted and self._credit_log.is_on else None
+            batch |= self._credit_log.keep(batch, teacher, self._own_rewards(len(inputs)))
         finally:
             self._privileged = self._verdicts = None
         return batch
@@ -392,6 +385,12 @@ class RLSDTrainer(ResumableTrainer):
         first = self.accelerator.process_index * len(completions)
         return wrong_references(spoken, self._wrong(rewards), self.num_generations, privileged.right, first)
 
+    def _own_rewards(self, rows: int) -> list[dict[str, float]]:
+        """Of this process's rows, by reward function; nan where one gave none."""
+        first = self.accelerator.process_index * rows
+        own = self._verdicts[1][first : first + rows].tolist()
+        return [dict(zip(self.reward_func_names, values, strict=True)) for values in own]
+
     def _wrong(self, rewards: torch.Tensor) -> list[bool]:
         return is_wrong(rewards, self.reward_weights, self.args.contrast_reward_below)
 
@@ -428,6 +427,7 @@ class RLSDTrainer(ResumableTrainer):
             credited = self._token_credit(inputs, student_logps)
             self._credit_metrics.add(self._credit.metrics(inputs, student_logps, credited))
         self.observe_credit(inputs, student_logps, credited)
+        self._credit_log.observe(self.state.global_step, inputs, student_logps, credited)
         inputs["advantages"] = credited
         return outputs
 
@@ -447,24 +447,27 @@ class RLSDTrainer(ResumableTrainer):
         logs.update({f"{prefix}rlsd/{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
-    # ------------------------------------------------------------------ checkpoints
+    def credit_pictures(self, rows: Iterable[dict[str, Any]]) -> CreditPictures:
+        """See the credit before anything is trained: `num_generations` completions of each dataset row are sampled,
+        rewarded and scored as in the current step of training. Nothing is updated, no metric counts them, and a run
+        that follows is the same as without. Takes a forward's memory for a whole group.
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Beside the optimizer's state, not in the student's folder by way of save_pretrained: a checkpoint's model
-        # files, and so what is pushed to the Hub, are the student's alone. `save_only_model` leaves both out.
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._teacher_is_used:
-            self.teacher.save(output_dir, write=self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Called on resume, once the student's weights are loaded and before training begins.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._teacher_is_used or self.teacher.load(checkpoint):
-            return
-        if os.path.isfile(os.path.join(checkpoint, SCHEDULER_NAME)):
-            raise ValueError(
-                f"{checkpoint} has no {STATE_FILE} nor {STATE_FOLDER}, so the teacher cannot be restored: it was "
-                "written by another trainer, or is incomplete. Resume from another checkpoint; or, to start RLSD from "
-                "these weights, pass the folder as `model` instead of resuming."
-            )
-        logger.warning(f"{checkpoint} was saved without training state: the teacher starts from its weights.")
+        ```python
+        trainer.credit_pictures(dataset.select(range(2))).save("credit.html")
+        ```
+        """
+        kept = {name: getattr(self, name) for name in ("_metrics", "_logs", "_credit_metrics", "state", "_span")}
+        vars(self).update(copy.deepcopy(kept))
+        training, self.current_gradient_accumulation_steps = self.model.training, 1
+        taken = self._credit_log.all = CreditPictures()
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                for row in rows:
+                    self.model.train()
+                    batch = self._generate_and_score_completions([dict(row) for _ in range(self.num_generations)])
+                    self._compute_loss(self.model, batch)
+        finally:
+            vars(self).update(kept)
+            self._credit_log.all = None
+            self.model.train(training)
+        return taken
