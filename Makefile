@@ -31,6 +31,7 @@ sandbox:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # About half an hour on 2 cores. DEVICE=cuda takes the GPU's sizes.
 DEVICE ?= cpu

@@ -1,4 +1,4 @@
-"""`trl-rlsd train | quickstart | compare`; `python -m trl_rlsd` is the same."""
+"""The commands of `trl-rlsd`; `python -m trl_rlsd` is the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,37 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from trl_rlsd import __version__
 
+
+_HELP = """\
+Train language models with RLSD: GRPO in which a teacher that has seen the answer says which tokens earned the credit.
+
+In the order in which you are likely to want them:
+
+  quickstart   watch it work: a small real run on the CPU, in about 7 minutes, without account or GPU
+  doctor       what is installed, and for a config: its checks, the first prompts, whether it fits in memory
+  inspect      look at the credit of each token before you train: given completions, or sampled ones
+  train        train from a config file, flags, or both, on one process or many
+  report       the curves of one run or several, as one page that needs no network
+  compare      methods and seeds side by side, with intervals
+  publish      the adapter on the Hugging Face Hub, with a card made from the run, and nothing that is private
+
+Each has --help. In scripts: `from trl_rlsd import RLSDConfig, RLSDTrainer`, in the place of TRL's GRPO names.
+"""
+
+_EXAMPLES = """\
+examples:
+  trl-rlsd quickstart
+  trl-rlsd doctor --config configs/t4_qlora_1b7.yaml
+  trl-rlsd inspect --model_name_or_path Qwen/Qwen3-0.6B --prompt "What is 17 * 3?" --context 51 \\
+      --completion "17 * 3 = 41" "17 * 3 = 51"
+  trl-rlsd train --config configs/t4_qlora_1b7.yaml --max_steps 100
+  trl-rlsd report rlsd-math another-run --html report.html
+  trl-rlsd publish rlsd-math --repo-id me/qwen3-math-rlsd --dry-run
+"""
 
 _TRAIN_HELP = """\
 Train with RLSD. Every field of RLSDConfig and of TRL's ModelConfig is a flag, and a key of the config file.
@@ -18,6 +46,27 @@ Train with RLSD. Every field of RLSDConfig and of TRL's ModelConfig is a flag, a
   trl-rlsd train --config run.yaml --accelerate_config multi_gpu --num_processes 4
 """
 
+_QUICKSTART_HELP = """\
+Train a LoRA adapter on SmolLM2-135M-Instruct (or --model) to add and subtract, on the CPU, and measure it before and
+after on problems that were held out. Adapter, metrics, pictures and summary are written.
+"""
+
+_REPORT_HELP = """\
+Draw what a run has logged (metrics.jsonl, or the newest checkpoint's trainer_state.json) as one HTML page: reward,
+length, entropy, clipping, KL, lambda, the teacher's share of the time, alarms, and the credit of some completions if
+rlsd_log_credit_steps was set. Several runs are drawn over each other.
+
+  trl-rlsd report quickstart-output
+  trl-rlsd report out-grpo out-rlsd --html comparison.html
+"""
+
+_PUBLISH_HELP = """\
+Publish an adapter or a model, in one commit that is read back: its files, tokenizer and a model card made from the
+run. Nothing else of the folder is uploaded; keys, paths and teacher weights in those files are refused.
+The token is that of `hf auth login`, or HF_TOKEN.
+
+  trl-rlsd publish quickstart-output/adapter --repo-id me/my-adapter --base-model HuggingFaceTB/SmolLM2-135M-Instruct
+"""
 
 _COMPARE_HELP = """\
 Train the same start on the same problems with several methods and seeds; one table, one picture, with intervals.
@@ -32,35 +81,36 @@ An interrupted comparison goes on where it was when the command is given again.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="trl-rlsd", description="RLSD for TRL.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"trl-rlsd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("train", help="train a model from a config file and flags", add_help=False)
-    quickstart = commands.add_parser("quickstart", help="a small real run on the CPU, from nothing to an adapter")
-    _add_quickstart_arguments(quickstart)
-    compare = commands.add_parser(
-        "compare",
-        help="methods and seeds side by side, on a built-in task or on your configs",
-        description=_COMPARE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_compare_arguments(compare)
-    if argv[:1] == ["train"]:
-        return _train(argv[1:])
-    if argv[:1] == ["inspect"]:
-        return _told("inspect", lambda: _inspect(argv[1:]))
-    options, rest = parser.parse_known_args(argv)
-    options = vars(options)
+    # these parse the trainer's own fields, whose classes take seconds to import
+    if argv and argv[0] in _OF_FIELDS:
+        return _OF_FIELDS[argv[0]](argv[1:])
+    parser, compare = _parser()
+    known, rest = parser.parse_known_args(argv)
+    options = vars(known)
     command = options.pop("command")
     if rest and not (command == "compare" and options["config"]):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if command == "compare":
         return _compare(compare, options, rest)
-    from trl_rlsd.quickstart import run
+    return {"quickstart": _quickstart, "report": _report, "publish": _publish}[command](options)
 
-    run(**options)
-    return 0
+
+def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of all commands, and that of `compare`."""
+    raw: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(
+        prog="trl-rlsd", usage="trl-rlsd COMMAND [options]", description=_HELP, epilog=_EXAMPLES, **raw
+    )
+    parser.add_argument("--version", action="version", version=f"trl-rlsd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="trl-rlsd")
+    for name in _OF_FIELDS:
+        commands.add_parser(name, add_help=False)
+    _add_quickstart_arguments(commands.add_parser("quickstart", description=_QUICKSTART_HELP, **raw))
+    _add_report_arguments(commands.add_parser("report", description=_REPORT_HELP, **raw))
+    _add_publish_arguments(commands.add_parser("publish", description=_PUBLISH_HELP, **raw))
+    compare = commands.add_parser("compare", description=_COMPARE_HELP, **raw)
+    _add_compare_arguments(compare)
+    return parser, compare
 
 
 def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +119,24 @@ def _add_quickstart_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps [%(default)s]")
     parser.add_argument("--seed", type=int, default=1, help="of sampling, order and the adapter [%(default)s]")
     parser.add_argument("--credit", default="rlsd", help="credit function, e.g. grpo to compare [%(default)s]")
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output_dirs", nargs="+", metavar="OUTPUT_DIR", help="a run's output_dir; several overlay")
+    parser.add_argument("--html", default="report.html", help="the page to write [%(default)s]")
+    parser.add_argument("--smooth", type=int, help="optimizer steps of the running mean [a twentieth of the longest]")
+
+
+def _add_publish_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="what `trainer.save_model` has written, or a run's output_dir"
+    )
+    parser.add_argument("--repo-id", required=True, help="owner/name; the repository is made if there is none")
+    parser.add_argument("--base-model", help="id of the base on the Hub, where the run has loaded it from a folder")
+    parser.add_argument("--private", action="store_true", default=None, help="refuse a repository that is public")
+    parser.add_argument("--license", help="of the model, for the card, e.g. apache-2.0")
+    parser.add_argument("--revision", help="the branch, made if there is none [main]")
+    parser.add_argument("--dry-run", action="store_true", help="check and list what would be uploaded; no network")
 
 
 def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +208,40 @@ def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) ->
     return 0
 
 
+def _quickstart(options: dict) -> int:
+    from trl_rlsd.quickstart import run
+
+    run(**options)
+    return 0
+
+
+def _report(options: dict) -> int:
+    if find_spec("plotly") is None:
+        print("trl-rlsd report: plotly is not installed: pip install 'trl-rlsd[report]'", file=sys.stderr)
+        return 2
+
+    def run() -> int:
+        from trl_rlsd.report.run import run_report
+
+        print(f"Written: {run_report(options['output_dirs'], options['html'], smooth=options['smooth'])}")
+        return 0
+
+    return _told("report", run)
+
+
+def _publish(options: dict) -> int:
+    def run() -> int:
+        from trl_rlsd.hub import publish
+
+        dry_run = options.pop("dry_run")
+        print(publish(**options, dry_run=True), flush=True)
+        if not dry_run:
+            print(publish(**options))
+        return 0
+
+    return _told("publish", run)
+
+
 def _told(command: str, run: Callable[[], int]) -> int:
     """A command whose mistakes are told in a line: they are the user's, and name field, value and fix."""
     try:
@@ -150,9 +252,18 @@ def _told(command: str, run: Callable[[], int]) -> int:
 
 
 def _inspect(argv: list[str]) -> int:
-    from trl_rlsd.inspection import main
+    def run() -> int:
+        from trl_rlsd.inspection import main
 
-    return main(argv)
+        return main(argv)
+
+    return _told("inspect", run)
+
+
+def _doctor(argv: list[str]) -> int:
+    from trl_rlsd.doctor import doctor
+
+    return doctor(argv)
 
 
 def _train(argv: list[str]) -> int:
@@ -182,6 +293,9 @@ def _without(arguments: list[str], remove: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
+
+
+_OF_FIELDS = {"train": _train, "inspect": _inspect, "doctor": _doctor}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Real
 
+from transformers.trainer_utils import HubStrategy
 from trl import GRPOConfig
 
 from trl_rlsd.alarms import check_thresholds
@@ -329,6 +330,11 @@ class RLSDConfig(GRPOConfig):
                 )
 
     def _check_combinations(self) -> None:
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} would upload whole checkpoints, with the teacher's weights "
+                "and unused completions in them. Use 'every_save' or 'end', which publish the model alone."
+            )
         if self.use_liger_loss:
             self._check_liger_loss()
         credit = get_credit(self.credit)

@@ -150,7 +150,7 @@ class CreditLog(TrainerCallback):
         rewards = {name: None if isnan(value) else value for name, value in self._rewards[place].items()}
         return {"teacher_prompt": prompt, "rewards": rewards}
 
-    def _knobs(self, advantage: torch.Tensor, step: int) -> dict[str, float | None]:
+    def _knobs(self, advantage: torch.Tensor, step: int) -> dict[str, Any]:
         peak = self.args.rlsd_lambda_negative if advantage.item() < 0 else None
         clip_range = torch.as_tensor(self.credit.clip_range(advantage)).item()
         return {

@@ -123,7 +123,7 @@ def of_completions(
                 f"--prompt needs --{name} too. To sample completions, give a dataset instead of a prompt."
             )
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    plain = tokenizer.chat_template is None and args.chat_template_path is None
+    plain = tokenizer.chat_template is None
     row = {
         "prompt": prompt if plain else [{"role": "user", "content": prompt}],
         args.privileged_column: context,

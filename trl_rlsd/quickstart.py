@@ -29,12 +29,13 @@ from trl_rlsd.config import RLSDConfig
 from trl_rlsd.data.reasoning_gym import reasoning_gym_dataset
 from trl_rlsd.files import make_folder
 from trl_rlsd.rewards.reasoning_gym import reasoning_gym_reward, score
+from trl_rlsd.run_record import METRICS_FILE, read_record, write_record
 from trl_rlsd.trainer import RLSDTrainer
 
 
 # Sums and differences of two one-digit numbers: a 135M model gets some of them right by chance of wording, so there is
 # something to reinforce, and a step takes seconds. 48 of the 192 problems are held out, none of them is trained on.
-TASK = {"name": "chain_sum", "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+TASK: dict[str, Any] = {"name": "chain_sum", "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 INSTRUCTION = "Reply with the number only."
 PROBLEMS, HELD_OUT = 192, 48
 COMPLETION_TOKENS = 16
@@ -74,7 +75,7 @@ def run(
         train,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Recorder(folder / "metrics.jsonl")],
+        callbacks=[Progress()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -89,6 +90,7 @@ def run(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), folder / "adapter"
     )
     after = evaluate(reloaded, tokenizer, held_out)
+    _record(folder, steps, before, after)
     draw_reward(rewards, folder / "reward.png", f"{credit} on {Path(path).name}, seed {seed}")
     summary = {"credit": credit, "seed": seed, "steps": steps, **_summary(rewards, before, after)}
     summary["minutes"] = (time.perf_counter() - started) / 60
@@ -98,6 +100,15 @@ def run(
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _report(summary, held_out, before, after, folder)
     return summary
+
+
+def _record(folder: Path, steps: int, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Add the evaluation, which the trainer has not made, to what the run says of itself."""
+    with (folder / METRICS_FILE).open("a") as file:
+        for step, own in ((0, before), (steps, after)):
+            line = {"step": step, "eval_reward": own["sampled"], "eval_greedy_accuracy": own["greedy"]}
+            file.write(json.dumps(line) + "\n")
+    write_record(folder, read_record(folder) | {"eval_completions": HELD_OUT})
 
 
 def _summary(rewards: list[float], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem
     entries = [json.loads(entry) for entry in problems["reasoning_gym"]]
     results: dict[str, Any] = {}
     sampled = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    choices = {"sampled": sampled, "greedy": {"do_sample": False}}
+    choices: dict[str, dict[str, Any]] = {"sampled": sampled, "greedy": {"do_sample": False}}
     model.eval()
     for name, options in choices.items():
         torch.manual_seed(0)  # the same draws before and after
@@ -201,7 +212,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem
 def _config(folder: Path, steps: int, seed: int, credit: str) -> RLSDConfig:
     accelerated = torch.accelerator.is_available()
     return RLSDConfig(
-        str(folder / "checkpoints"),
+        str(folder),
         credit=credit,
         contrast_reference="trl_rlsd.rewards.reasoning_gym.last_number",  # read by credits with a contrast alone
         alarm_thresholds={"clip_saturation": 0.7},  # a model this small has 40 to 60 % with a sound prompt
@@ -219,25 +230,22 @@ def _config(folder: Path, steps: int, seed: int, credit: str) -> RLSDConfig:
         logging_steps=1,
         save_strategy="no",
         report_to=[],
+        rlsd_log_credit_steps=8,
     )
 
 
-class Recorder(TrainerCallback):
-    """Progress on the screen, every metric of every step in a JSONL file."""
+class Progress(TrainerCallback):
+    """Steps, reward and lambda on the screen."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.path.write_text("")
         self.bar = tqdm(total=state.max_steps, desc="training", unit="step")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in logs:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         self.bar.update(state.global_step - self.bar.n)
         self.bar.set_postfix({"reward": f"{logs['reward']:.2f}", "lambda": f"{logs.get('rlsd/lambda', 0):.2f}"})
 
@@ -292,5 +300,7 @@ def _report(summary: dict[str, Any], held_out: Dataset, before: dict, after: dic
     print(
         f"\nTook {summary['minutes']:.1f} minutes and {summary['peak_memory_gb']:.1f} GB of memory at most. Written:"
     )
-    for name in ("adapter/", "metrics.jsonl", "reward.png", "summary.json"):
-        print(f"  {folder / name}")
+    pages = sorted(folder.glob("completions/credit_*.html"))[-1:]  # none with GRPO's credit
+    for path in (folder / "adapter", folder / "metrics.jsonl", folder / "reward.png", folder / "summary.json", *pages):
+        print(f"  {path}")
+    print(f"\nNext: `trl-rlsd report {folder}` draws all curves and the credit of some completions as one page.")

@@ -51,7 +51,7 @@ def write_record(folder: str | Path, record: Mapping[str, Any]) -> None:
 def settings_of(args: Any, own: tuple[str, ...]) -> dict[str, Any]:
     """The fields of a config that somebody chose, and those named in `own` in any case; without whatever names a
     place, a person or a key. Values that JSON cannot hold are left out."""
-    settings = {}
+    settings: dict[str, Any] = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
         if field.name.startswith("_") or _PRIVATE.search(field.name):
@@ -165,7 +165,7 @@ class RunRecorder(TrainerCallback):
 
 
 def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics.jsonl in their order, none where there is no file, and how many are torn."""
+    """The lines of metrics.jsonl by their steps, none where there is no file, and how many are torn."""
     path = Path(folder) / METRICS_FILE
     lines, torn = [], 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
@@ -174,7 +174,7 @@ def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], int]:
             lines.append(line | {"step": int(line["step"])})
         except (ValueError, TypeError, KeyError):  # the last one, of a run that was killed while it wrote
             torn += 1
-    return lines, torn
+    return sorted(lines, key=lambda line: line["step"]), torn
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:

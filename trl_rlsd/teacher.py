@@ -41,6 +41,7 @@ class Teacher:
     """
 
     copies = False  # whether it keeps weights of its own, apart from the student's
+    model: nn.Module | None = None  # where it is another model
 
     def __init__(self, student: nn.Module):
         self.student = student

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,10 @@ class RLSDTrainer(PublishingTrainer):
     _tool_mask: list[list[int]] | None = None
     _loss_inputs: dict[str, Any] | None = None
     _fused: losses.FusedLoss | None = None
+    # TRL's, changed here
+    tools: list[Callable]
+    log_multimodal: bool
+    _batch_environments: Sequence[str | None]
 
     def __init__(
         self,
@@ -150,7 +154,8 @@ class RLSDTrainer(PublishingTrainer):
         self._credit_log = CreditLog(self._credit, self._tokenizer, self.accelerator.is_main_process)
         self.add_callback(self._credit_log)
         if args.alarm_steps:
-            self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps, self.recorder.write))
+            thresholds: Any = args.alarm_thresholds  # no text any more: the config has read it
+            self.add_callback(AlarmCallback(thresholds, args.alarm_steps, self.recorder.write))
         if not self._teacher_is_used:
             return
         self._check_setup()
@@ -162,9 +167,7 @@ class RLSDTrainer(PublishingTrainer):
             self._tokenized,
             self._tokenizer,
             self.max_completion_length,
-            checks.position_limit(
-                self.model, self.teacher.model if args.teacher_model_kind == "external" else self.model
-            ),
+            checks.position_limit(self.model, self.teacher.model or self.model),
         )
 
     # ------------------------------------------------------------------ checks, before anything is generated
@@ -231,7 +234,7 @@ class RLSDTrainer(PublishingTrainer):
         losses.add_fused_loss(student, maybe_gather_lm_head_ctx)
 
     def _build_teacher_pass(self) -> TeacherPass:
-        scored = self.teacher.model if self.args.teacher_model_kind == "external" else self.model
+        scored = self.model if self.teacher.model is None else self.teacher.model
         scored = self.accelerator.unwrap_model(scored)
         share = resolve_sharing(self.args.teacher_shared_prefix, scored, self.weights_are_sharded)
 
@@ -267,7 +270,7 @@ class RLSDTrainer(PublishingTrainer):
         """Token ids and images of prompts, as TRL makes them of the student's."""
         if not self._is_vlm:
             return self._tokenize_prompts(prompts)[0], [None] * len(prompts)
-        environments = self._batch_environments if self.environment_factories else [None] * len(prompts)
+        environments: Sequence = self._batch_environments if self.environment_factories else [None] * len(prompts)
         ids, images, last = [], [], None
         try:
             for prompt, environment in zip(prompts, environments, strict=True):
@@ -376,7 +379,7 @@ class RLSDTrainer(PublishingTrainer):
         with self.teacher.weights(self.model) as model, scoring(model):
             return self._teacher_pass(model, prompt_ids, ids, mask, rows, images if self._is_vlm else None)
 
-    def _wrong_references(self, privileged: PrivilegedBatch) -> list[Context | None]:
+    def _wrong_references(self, privileged: PrivilegedBatch) -> Sequence[Context | None]:
         """Of this process's rows; siblings may lie on other processes."""
         if self._wrong_column is not None:
             return privileged.column(self._wrong_column, "contrast_column")
@@ -457,7 +460,7 @@ class RLSDTrainer(PublishingTrainer):
         ```
         """
         kept = {name: getattr(self, name) for name in ("_metrics", "_logs", "_credit_metrics", "state", "_span")}
-        vars(self).update(copy.deepcopy(kept))
+        self.__dict__.update(copy.deepcopy(kept))
         training, self.current_gradient_accumulation_steps = self.model.training, 1
         taken = self._credit_log.all = CreditPictures()
         try:
@@ -467,7 +470,7 @@ class RLSDTrainer(PublishingTrainer):
                     batch = self._generate_and_score_completions([dict(row) for _ in range(self.num_generations)])
                     self._compute_loss(self.model, batch)
         finally:
-            vars(self).update(kept)
+            self.__dict__.update(kept)
             self._credit_log.all = None
             self.model.train(training)
         return taken

@@ -83,8 +83,8 @@ def _style(token: Token, excess: float | None, largest: float) -> Style:
     if abs(excess) <= 0.02 * largest:
         return Style()
     light, strong = _MORE if excess > 0 else _LESS
-    colours = {"color": "white", "bgcolor": strong} if token.clip else {"color": "black", "bgcolor": light}
-    return Style(**colours, underline=excess > 0)
+    ink, ground = ("white", strong) if token.clip else ("black", light)
+    return Style(color=ink, bgcolor=ground, underline=excess > 0)
 
 
 def _table(picture: CreditPicture) -> Table:
