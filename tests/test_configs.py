@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from vlm_models import images, tiny_qwen3_vl
 
 from trl_rlsd.data.load import load_rows
 from trl_rlsd.rewards import get_reward
-from trl_rlsd.train import main
+from trl_rlsd.train import launcher_arguments, load_splits, main, make_parser
 
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-CONFIGS = [config for config in CONFIGS if config.stem != "tools_sqlite"]  # in test_tools.py, with tool calls
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [config for config in RECIPES if config.stem != "tools_sqlite"]  # in test_tools.py, with tool calls
 TINY = {
     "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
     "max_steps": 2, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -88,7 +90,20 @@ ROWS = {
     ),
 }
 
-ROWS["multi_node"] = ROWS["math_gsm8k"]
+for name in ("multi_node", "t4_qlora_1b7", "gpu24_lora_4b", "gpu80_lora_8b_liger", "fsdp2_full_8b"):
+    ROWS[name] = ROWS["math_gsm8k"]
+for name in ("quickstart_cpu", "quickstart_grpo", "quickstart_opsd"):
+    ROWS[name] = (None, None)
+ROWS["long_documents"] = (
+    [{"question": "Who signs? A. the team lead  B. the director", "letter": "B", "documents": "handbook.md"}],
+    "Answer: B",
+)
+# what keeps a recipe from a CPU, or its documents from a tiny model's positions
+HERE = {
+    "t4_qlora_1b7": {"fp16": False},
+    "long_documents": {"dataset_options": {"documents": {"files": ["documents"], "budget": 2000}}},
+}
+NEEDS = {"t4_qlora_1b7": "bitsandbytes", "gpu80_lora_8b_liger": "liger_kernel", "quickstart": "reasoning_gym"}
 
 
 @pytest.fixture
@@ -105,16 +120,73 @@ def test_every_config_is_tried():
     assert [config.stem for config in CONFIGS] == sorted(ROWS)
 
 
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
+def test_a_header_says_what_it_shows_the_hardware_the_command_and_what_came_out(config):
+    header = config.read_text().split("model_name_or_path")[0]
+    text = " ".join(line.removeprefix("#").strip() for line in header.splitlines())
+    assert len(header.split("#\n")[0].split()) >= 8  # what it shows, before the command
+    assert f"\n#   trl-rlsd train --config configs/{config.name}" in header
+    hardware = text.split("Hardware: ")[1]
+    assert re.search(r"\d GB", hardware)
+    assert "by `trl-rlsd doctor`" in hardware or "Measured: " in text  # how the figure was got
+    assert ("NOT RUN" in text) != ("Measured: " in text)
+
+
+def test_the_index_has_every_recipe_once():
+    index = (ROOT / "configs/README.md").read_text()
+    assert sorted(re.findall(r"\((\w+\.yaml)\)", index)) == [config.name for config in RECIPES]
+
+
+@pytest.mark.parametrize("credit", ["grpo", "opsd"])
+def test_the_twins_of_the_quickstart_differ_in_credit_and_folder_alone(credit):
+    own, twin = (
+        (ROOT / f"configs/quickstart_{name}.yaml").read_text().split("model_name_or_path")[1].splitlines()
+        for name in ("cpu", credit)
+    )
+    different = {a: b for a, b in zip(own, twin, strict=True) if a != b}
+    assert different == {
+        "credit: rlsd": f"credit: {credit}",
+        "output_dir: rlsd-quickstart": f"output_dir: rlsd-quickstart-{credit}",
+    }
+
+
+def test_the_quickstarts_can_be_compared(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from trl_rlsd.lab.configs import load_configs
+
+    loaded = load_configs([str(ROOT / f"configs/quickstart_{name}.yaml") for name in ("grpo", "opsd", "cpu")])
+    assert [content["credit"] for content in loaded.values()] == ["grpo", "opsd", "rlsd"]
+
+
+def test_the_held_out_problems_of_the_quickstart_are_not_trained_on(monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.syspath_prepend(ROOT)
+    train, test = (
+        {row["prompt"][-1]["content"] for row in rows} for rows in load_splits("configs.chain_sum.splits").values()
+    )
+    assert (len(train), len(test), len(train & test)) == (144, 48, 0)
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
+def test_every_key_is_a_field_or_the_launchers(config):
+    *_, from_file, _ = make_parser(launches=True).parse_args_and_config(
+        ["--config", str(config)], return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launcher_arguments(from_file)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_config_trains(project, config, capfd, monkeypatch):
     if "code_reward" in config.read_text() and not shutil.which("bwrap"):
         pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
+    for recipe, package in NEEDS.items():
+        if config.stem.startswith(recipe):
+            pytest.importorskip(package)
+    monkeypatch.syspath_prepend(ROOT)  # configs.chain_sum
     lines = yaml.safe_load(config.read_text())
-    header = config.read_text().split("model_name_or_path")[0]
-    assert f"--config configs/{config.name}" in header
-    assert "NOT RUN" in header
     rows, solution = ROWS[config.stem]
-    options = lines.get("dataset_options") or {}
+    here = HERE.get(config.stem, {})
+    options = (lines.get("dataset_options") or {}) | here.get("dataset_options", {})
     if config.stem == "qwen3_vl_8b_paper":
         # its processor needs torchvision to be loaded by name: a tiny one without takes its place
         model, processor = tiny_qwen3_vl()
@@ -122,9 +194,9 @@ def test_a_config_trains(project, config, capfd, monkeypatch):
         monkeypatch.setattr(
             "trl.trainer.grpo_trainer.AutoProcessor.from_pretrained", lambda *args, **kwargs: processor
         )
-    if rows is None:
+    if rows is None and options:
         options["size"] = 4
-    else:
+    elif rows is not None:
         Dataset.from_list(rows * 4).to_parquet("rows.parquet")
         if lines["dataset_name"].count("/"):  # on the Hub, where its id names the preset
             rows_there = load_rows("rows.parquet", **({"preset": _preset(lines["dataset_name"])} | options))
@@ -133,17 +205,18 @@ def test_a_config_trains(project, config, capfd, monkeypatch):
             rows_there = None
         lines["dataset_name"] = "rows.parquet"
     (project / "config.yaml").write_text(
-        yaml.safe_dump({**lines, **TINY, "model_name_or_path": "model", "dataset_options": options})
+        yaml.safe_dump({**lines, **TINY, **here, "model_name_or_path": "model", "dataset_options": options or None})
     )
     main(["--config", "config.yaml"])
     printed = capfd.readouterr().out
-    assert printed.count("'rlsd/lambda'") >= 2
+    logged = {"grpo": "'step_time'", "opsd": "'rlsd/teacher_seconds'"}.get(lines.get("credit"), "'rlsd/lambda'")
+    assert printed.count(logged) >= 2
     weights = "adapter_model" if lines.get("use_peft") else "model"
     assert (project / lines["output_dir"] / f"{weights}.safetensors").is_file()
     name = lines["reward_funcs"][0]
     assert f"'rewards/{name}/mean'" in printed
     assert f"'{name.removesuffix('_reward')}_failures': '0'" in printed
-    if config.stem == "choice_handbook":
+    if config.stem in ("choice_handbook", "long_documents"):
         assert "'rlsd/privileged_tokens_cut'" in printed
     if rows is not None and rows_there is not None:
         reward = get_reward(name, (lines.get("reward_options") or {}).get(name))

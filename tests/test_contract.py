@@ -36,6 +36,8 @@ PRIVATE = {
     "_load_best_model": "(): loads the weights of state.best_model_checkpoint by name",
     "_init_training_state": "(max_steps, steps per epoch, epochs, ...) -> (epochs, batches) that are done",
     "_get_train_sampler": "(...) -> what draws the order of the rows, an epoch's with each iteration",
+    "_push_from_checkpoint": "(checkpoint_folder): called after a save where push_to_hub is on",
+    "_finish_current_push": "(): waits for push_in_progress",
     "_get_output_dir": "(trial) -> the folder that checkpoints are written to",
     "_batch_environments": "the name of each row's environment; `_tokenize_prompts` pairs prompts with them",
     "_env_tools": "{environment name: tools}: every public method of an environment but reset and get_reward",
@@ -62,7 +64,11 @@ SUBMODULES = [
     "transformers.trainer_callback.PrinterCallback",
     "transformers.trainer_callback.ProgressCallback",
     "transformers.trainer_utils.PREFIX_CHECKPOINT_DIR",
+    "transformers.trainer_utils.HubStrategy",
     "transformers.utils.ModelOutput",
+    "transformers.utils.PushInProgress",
+    "transformers.utils.hub.hf_api",
+    "datasets.exceptions.DatasetsError",
     "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "trl.data_utils.is_conversational",
     "trl.kernels.ChunkedLogProbFunction",
@@ -89,6 +95,7 @@ def test_the_methods_have_the_signatures_that_are_extended():
     assert parameters("_save_optimizer_and_scheduler") == ["self", "output_dir"]
     assert parameters("_load_optimizer_and_scheduler") == ["self", "checkpoint"]
     assert parameters("_save_checkpoint") == ["self", "model", "trial"]
+    assert parameters("_push_from_checkpoint") == ["self", "checkpoint_folder"]
     assert parameters("_save_rng_state") == ["self", "output_dir"]
     names = parameters("_get_per_token_logps_and_entropies")
     assert names[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]

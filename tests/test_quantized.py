@@ -112,6 +112,15 @@ def test_training_leaves_the_quantised_base_bit_for_bit_also_while_a_teacher_sco
     trains_on_a_base_that_stays(qlora(path, tmp_path, kind, quantization), kind)
 
 
+@pytest.mark.parametrize("fp16, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_an_adapter_under_fp16_is_float32_whose_gradients_can_be_unscaled(tmp_path, path, fp16, dtype):
+    """TRL makes it bfloat16. On a T4 the scaler's `unscale_` refuses that; on a CPU there is none to refuse."""
+    model = qlora(path, tmp_path, "synced").model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+    checks.mend_quantized(model, fp16=fp16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+
+
 def gain(built, kind, path):
     """The largest, for the same prompt and weights."""
     shift(
@@ -126,7 +135,7 @@ def gain(built, kind, path):
     model = built.model
     if kind == "base":  # the base by itself, as it is loaded without an adapter
         model = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, dtype=built.model.dtype)
-        checks.keep_4bit_layout(model)
+        checks.mend_quantized(model, fp16=False)
     with scoring(model), built.accelerator.autocast():
         logits = model(ids).logits[:, 2:-1].float()
     student = logits.log_softmax(-1).gather(2, ids[:, 3:].unsqueeze(2)).squeeze(2)

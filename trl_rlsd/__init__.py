@@ -41,7 +41,8 @@ The rooms, upper ones import lower ones only:
     data          datasets with a privileged column
     dotted        a user's function by its dotted path
     files         files and folders that are there whole or not at all
-    texts         how texts are compared
+    memory        what a run takes, part by part
+    texts         how texts are compared, and shown
 
 Axes, everywhere: B rows, T completion tokens, P and P' prompt tokens of student and teacher. `student_*` is read after
 the plain prompt, `teacher_*` after the privileged one; `*_logps` (B, T) are nats; `*_mask` 1 = counts; `gain` =

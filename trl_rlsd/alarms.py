@@ -11,6 +11,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from statistics import fmean
+from typing import Any
 
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
@@ -118,7 +119,7 @@ class Alarms:
         return value - self._first(name, value)
 
 
-def check_thresholds(thresholds: Mapping[str, float | None] | None) -> None:
+def check_thresholds(thresholds: object) -> None:
     """Raises: ValueError, for an unknown name; TypeError, for what is no number."""
     if not isinstance(thresholds, Mapping | None):
         raise TypeError(f"alarm_thresholds={thresholds!r} must map names of alarms to numbers, or be None.")
@@ -135,7 +136,7 @@ class AlarmCallback(TrainerCallback):
 
     def __init__(
         self,
-        thresholds: Mapping[str, float | None] | None,
+        thresholds: Any,  # as the config has read them
         interval: int,
         record: Callable[[int, dict[str, str]], None],
     ):

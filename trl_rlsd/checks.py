@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from torch import nn
 
@@ -218,16 +219,24 @@ def check_quantized(model: nn.Module, kind: str, use_vllm: bool) -> str | None:
     return None
 
 
-def keep_4bit_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference.
+def mend_quantized(model: nn.Module, *, fp16: bool) -> None:
+    """Two mends for quantised bases, without which gradients are lost or refused.
 
-    bitsandbytes 0.50 does so, for good, when a layer first runs in eval mode on a CPU with AVX512-BF16, and its kernel
-    for that layout has no backward: after one pass of the teacher, or one evaluation, no gradient would go through the
-    base any more (those of the first layer's adapters fell to 1/40 in a tiny Llama), and no error would say so.
+    bitsandbytes 0.50 repacks 4-bit weights for inference, for good, when a layer first runs in eval mode on a CPU with
+    AVX512-BF16, and its kernel for that layout has no backward: after one pass of the teacher, or one evaluation, no
+    gradient would go through the base any more (those of the first layer's adapters fell to 1/40 in a tiny Llama), and
+    no error would say so.
+
+    TRL 1.16 makes adapters on a quantised base bfloat16 whatever is asked for, and torch's gradient scaler, which fp16
+    needs (on a T4, say), cannot unscale bfloat16 gradients on CUDA (pytorch#127176). In float32, as peft makes them,
+    it can.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters() if fp16 else ():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
 def position_limit(*models: nn.Module) -> int | None:

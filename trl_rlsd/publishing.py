@@ -108,17 +108,20 @@ class PublishingTrainer(ResumableTrainer):
             it failed. The model stays saved in output_dir.
         """
         self.dataset_name = kwargs.pop("dataset_name", self.dataset_name)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        if self.hub_model_id is None:
+            name = self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+            # what must not be published is told before a repository is made for it
+            self._publish(name if "/" in name else f"owner/{name}", self._record_now(), dry_run=True, **kwargs)
+            self.init_hf_repo(token=token, private=private)
         options = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         options |= {"private": self.args.hub_private_repo if private is None else private, **kwargs}
         if commit_message:
             options["commit_message"] = commit_message
         self._finish_current_push()
-        publish = partial(self._publish, self.args.output_dir, self._record_now(), **options)
+        publish = partial(self._publish, self.hub_model_id, self._record_now(), **options)
         return publish() if blocking else hf_api().run_as_future(publish)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -129,8 +132,9 @@ class PublishingTrainer(ResumableTrainer):
             return
         publish = partial(
             self._publish,
-            checkpoint_folder,
+            self.hub_model_id,
             self._record_now(),
+            folder=checkpoint_folder,
             token=self.args.hub_token,
             revision=self.args.hub_revision,
             private=self.args.hub_private_repo,
@@ -145,10 +149,10 @@ class PublishingTrainer(ResumableTrainer):
 
         self.push_in_progress = PushInProgress([hf_api().run_as_future(publish_or_warn)])
 
-    def _publish(self, folder: str, record: dict[str, Any], **options) -> hub.Publication:
-        metrics = read_metrics(self.args.output_dir)[0]
-        texts = self.private_texts()
-        return hub.publish(folder, self.hub_model_id, record=record, metrics=metrics, private_texts=texts, **options)
+    def _publish(self, repo_id: str, record: dict[str, Any], folder: str | None = None, **options) -> hub.Publication:
+        metrics, texts = read_metrics(self.args.output_dir)[0], self.private_texts()
+        folder = folder or self.args.output_dir
+        return hub.publish(folder, repo_id, record=record, metrics=metrics, private_texts=texts, **options)
 
     def _record_now(self) -> dict[str, Any]:
         kept = read_record(self.args.output_dir) or {"versions": versions(), "steps": self.state.global_step}

@@ -225,7 +225,7 @@ def _config(folder: Path, steps: int, seed: int, credit: str) -> RLSDConfig:
         num_generations=4,
         max_completion_length=COMPLETION_TOKENS,
         use_cpu=not accelerated,
-        bf16=accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        bf16=accelerated and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",

@@ -172,7 +172,7 @@ def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], int]:
         try:
             line = json.loads(text)
             lines.append(line | {"step": int(line["step"])})
-        except (ValueError, TypeError, KeyError):  # the last one, of a run that was killed while it wrote
+        except (ValueError, TypeError, KeyError, OverflowError):  # of a run that was killed while it wrote
             torn += 1
     return sorted(lines, key=lambda line: line["step"]), torn
 

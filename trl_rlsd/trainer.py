@@ -144,7 +144,7 @@ class RLSDTrainer(PublishingTrainer):
 
         super().__init__(model, reward_funcs, args, train_dataset, *grpo_args, **grpo_kwargs)
 
-        checks.keep_4bit_layout(self.model)
+        checks.mend_quantized(self.model, fp16=args.fp16)
         self._hide_context_method()
         self._span = CreditSpan(args.credit_span, self._tokenizer)
         self._answer_span = TokenSpan(final_answer_span, self._tokenizer)
@@ -154,8 +154,7 @@ class RLSDTrainer(PublishingTrainer):
         self._credit_log = CreditLog(self._credit, self._tokenizer, self.accelerator.is_main_process)
         self.add_callback(self._credit_log)
         if args.alarm_steps:
-            thresholds: Any = args.alarm_thresholds  # no text any more: the config has read it
-            self.add_callback(AlarmCallback(thresholds, args.alarm_steps, self.recorder.write))
+            self.add_callback(AlarmCallback(args.alarm_thresholds, args.alarm_steps, self.recorder.write))
         if not self._teacher_is_used:
             return
         self._check_setup()

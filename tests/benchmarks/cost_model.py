@@ -18,6 +18,8 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import binom
 
+from trl_rlsd.memory import TILE, Architecture
+
 
 PHASES = ("generation", "teacher", "update")
 # What work is counted in, and what a rate is therefore the price of.
@@ -36,53 +38,6 @@ KINDS = {
 LAYER_OPERATORS, ADAPTER_OPERATORS, DECODE_OPERATORS = 55, 42, 40  # of transformers' Llama; of LoRA on 7 linear layers
 OPTIMIZER_PASSES = 10  # AdamW reads 4 tensors and writes 3, clipping reads 2 and writes 1
 EXCHANGE_PASSES = 12  # the teacher's copy is exchanged and exchanged back, each a clone and two copies
-
-
-@dataclass(frozen=True)
-class Architecture:
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool = False
-    source: str = ""
-
-    @property
-    def linear(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of the linear layers of one block."""
-        query, key = self.heads * self.head_size, self.kv_heads * self.head_size
-        attention = [(self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden)]
-        return attention + [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
-
-    @property
-    def blocks(self) -> int:
-        return self.layers * sum(i * o for i, o in self.linear)
-
-    @property
-    def head(self) -> int:
-        return self.hidden * self.vocabulary
-
-    @property
-    def parameters(self) -> int:
-        """Without the norms, which are less than 0.1 %."""
-        return self.blocks + self.head * (1 if self.tied else 2)
-
-    def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on all linear layers but the head."""
-        return self.layers * rank * sum(i + o for i, o in self.linear)
-
-    @property
-    def cache(self) -> int:
-        """Keys and values of one token."""
-        return 2 * self.layers * self.kv_heads * self.head_size
-
-    @property
-    def elements(self) -> int:
-        """Values that one layer makes of one token."""
-        return sum(o for _, o in self.linear) + 5 * self.hidden + 2 * self.intermediate
 
 
 MODELS = {
@@ -241,13 +196,11 @@ MEMORY = {
     "logits": "the largest tile of logits in TRL's fused head",
     "process": "the rest, in processes",
 }
-TILE = (4096, 32_768)  # TRL 1.16: tokens and vocabulary of a tile
 
 
 def activations(arch: Architecture, load: Load, rows: int) -> int:
-    """Bytes. With checkpointing the inputs of all layers, and one layer and its gradients."""
-    values = arch.hidden * arch.layers + 2 * arch.elements if load.checkpointing else arch.elements * arch.layers
-    return load.bytes * values * rows * (load.prompt + load.tokens)
+    """Bytes."""
+    return load.bytes * arch.activations(rows * (load.prompt + load.tokens), load.checkpointing)
 
 
 def memory(arch: Architecture, load: Load) -> Counter:
