@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -205,3 +206,31 @@ def pytest_report_header() -> str:
     except (ImportError, RuntimeError) as error:
         return f"sandbox: none ({error})"
     return f"sandbox: {subprocess.run(['bwrap', '--version'], capture_output=True, text=True).stdout.strip()}"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The server, with the client pointed at it and at an empty cache; seconds that are waited for are kept in
+    `hub.waits`, and not waited."""
+    import huggingface_hub.hf_api
+    import transformers
+    from hub_server import TOKEN, HubServer
+    from huggingface_hub import constants
+
+    with HubServer() as server:
+        server.tokens[TOKEN] = "me"
+        server.waits = []
+        # read from the environment when the client is imported
+        for name, value in {
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        for client in (huggingface_hub.hf_api.api, transformers.utils.hub.hf_api()):
+            monkeypatch.setattr(client, "endpoint", server.url)
+        monkeypatch.setattr(time, "sleep", server.waits.append)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server

@@ -7,13 +7,11 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub.hf_api
 import pytest
 import torch
-import transformers
 import yaml
 from conftest import byte_tokenizer, lora, tiny_llama
-from hub_server import HubServer
+from hub_server import TOKEN
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -23,7 +21,6 @@ from trl_rlsd import RLSDTrainer
 from trl_rlsd.hub import PublishError, card, publish, upload
 
 
-TOKEN = "hf_" + "aB3" * 11
 BASE = "tiny/base"
 ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
                  "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
@@ -39,29 +36,6 @@ METRICS = [
     *({"step": i, "time": 1.0, "reward": i / 8, "entropy": 1 / i, "completions/mean_length": 5} for i in range(1, 5)),
     {"step": 4, "time": 2.0, "eval_reward": 0.75, "eval_rewards/exact_number/mean": 0.75},
 ]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The server, with the client pointed at it and at an empty cache; seconds that are waited for are kept in
-    `hub.waits`, and not waited."""
-    with HubServer() as server:
-        server.tokens[TOKEN] = "me"
-        server.waits = []
-        # read from the environment when the client is imported
-        for name, value in {
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        for client in (huggingface_hub.hf_api.api, transformers.utils.hub.hf_api()):
-            monkeypatch.setattr(client, "endpoint", server.url)
-        monkeypatch.setattr(time, "sleep", server.waits.append)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield server
 
 
 @pytest.fixture(autouse=True)
