@@ -35,7 +35,7 @@ lint: $(INSTALLED)
 
 # About half an hour on 2 cores. DEVICE=cuda takes the GPU's sizes.
 DEVICE ?= cpu
-BENCHMARKS := loss_paths teacher_pass update_time scaling rewards code_reward step_cost
+BENCHMARKS := import_time loss_paths teacher_pass update_time scaling rewards code_reward step_cost
 
 bench: $(INSTALLED)
 	for name in $(BENCHMARKS); do \

@@ -292,6 +292,7 @@ def _preset(source):
     return presets_for(source)[0].name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed: apt-get install bubblewrap")
 def test_graders_with_processes_of_their_own_work_on_two_ranks(project):
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}", "tests": "assert f(1) == 2"} for i in range(8)]

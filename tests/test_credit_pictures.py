@@ -319,13 +319,10 @@ def model(tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
-CPU = ["--use_cpu", "--bf16", "false"]
-
-
 def test_inspect_shows_given_completions_as_right_and_as_wrong(model, tmp_path, capsys, monkeypatch):
     shown = []
     monkeypatch.setattr(CreditPictures, "save", lambda self, path, title="": shown.extend(self) or path)
-    own = ["--prompt", "What is 3+4?", "--context", "It is 7.", "--completion", "3+4 is 7", "so 8", *CPU]
+    own = ["--prompt", "What is 3+4?", "--context", "It is 7.", "--completion", "3+4 is 7", "so 8"
     assert cli.main(["inspect", "--model_name_or_path", "model", *own]) == 0
     assert [one.advantage for one in shown] == [1.0, -1.0, 1.0, -1.0]
     assert ["".join(t.text for t in one.tokens) for one in shown[::2]] == ["3+4 is 7</s>", "so 8</s>"]
@@ -344,7 +341,7 @@ def test_inspect_samples_and_rewards_rows_of_a_config(model, tmp_path, capsys):
     dataset(conversational=True).to_json("data.jsonl")
     (tmp_path / "run.yaml").write_text(
         "model_name_or_path: model\ndataset_name: data.jsonl\nreward_funcs: [mine.reward]\nnum_generations: 4\n"
-        "per_device_train_batch_size: 1\nmax_completion_length: 8\nuse_cpu: true\nbf16: false\n"
+        "per_device_train_batch_size: 1\nmax_completion_length: 8\nbf16: true\n"
         "accelerate_config: multi_gpu\nuse_liger_loss: true\noutput_dir: out\n"
     )
     assert cli.main(["inspect", "--config", "run.yaml", "--rows", "2", "--html", "pages/credit.html"]) == 0
@@ -364,7 +361,7 @@ def test_inspect_samples_and_rewards_rows_of_a_config(model, tmp_path, capsys):
     ],
 )
 def test_inspect_tells_what_is_missing(model, capsys, arguments, said):
-    assert cli.main(["inspect", "--model_name_or_path", "model", *arguments, *CPU]) == 1
+    assert cli.main(["inspect", "--model_name_or_path", "model", *arguments) == 1
     assert said in capsys.readouterr().err
 
 

@@ -531,6 +531,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_runs_end_with_a_comparison_that_is_killed():
     killed = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     worker = int(killed.stdout.readline())

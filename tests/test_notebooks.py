@@ -1,5 +1,5 @@
 """The notebooks run from top to bottom, each in a kernel of its own, and print what they promise. Only the cell tagged
-"install" is left out, and the one tagged "parameters" is followed by smaller ones."""
+"install" is left out, and the one tagged "parameters" ends with smaller values."""
 
 import ast
 import html
@@ -31,6 +31,12 @@ ANSWERS = ("4", "6")
 COMPLETION_TOKENS = 10  # \boxed{4}</s>
 
 
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(monkeypatch, tmp_path):
+    # read by the kernel's client too, which makes the folder
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
+
+
 def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
@@ -56,7 +62,6 @@ def run(name: str, folder: Path, parameters: dict, **env: str) -> list[str]:
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
-        "IPYTHONDIR": str(folder / ".ipython"),
         "HF_HOME": str(folder / ".huggingface"),
     }
     client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})

@@ -238,12 +238,20 @@ def constant(completions, **kwargs):
     return [1.0] * len(completions)
 
 
+MICRO_BATCHES = 6  # two for each of three steps
+
+
+@PEFT
+def test_grpo_takes_one_forward_a_micro_batch(tmp_path, peft):
+    options = dict(reward=varied, gradient_accumulation_steps=2, max_steps=3, peft_config=lora() if peft else None)
+    assert forwards(trainer(tmp_path, credit="grpo", **options)) == MICRO_BATCHES
+
+
 @PEFT
 @pytest.mark.parametrize("kind", [kind for kind in TEACHER_KINDS if kind != "external"])
 def test_the_teacher_costs_one_forward_a_micro_batch(tmp_path, peft, kind):
     options = dict(reward=varied, gradient_accumulation_steps=2, max_steps=3, peft_config=lora() if peft else None)
-    grpo = forwards(trainer(tmp_path, credit="grpo", **options))
-    assert grpo == 6  # one per micro-batch
+    grpo = MICRO_BATCHES
     whole = dict(teacher_shared_prefix=False, teacher_token_budget=4 * 200)  # no more than the student's four rows
     assert forwards(trainer(tmp_path, teacher_model_kind=kind, **whole, **options)) - grpo == 6
     assert forwards(trainer(tmp_path, teacher_model_kind=kind, **options)) - grpo <= 6

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
@@ -208,8 +209,21 @@ def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) ->
     return 0
 
 
+def _loading() -> AbstractContextManager:
+    """While torch, transformers and TRL are imported, which takes seconds."""
+    return _status("Loading libraries ...")
+
+
+def _status(text: str) -> AbstractContextManager:
+    """Says on a terminal what is going on."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
 def _quickstart(options: dict) -> int:
-    from trl_rlsd.quickstart import run
+    with _loading():
+        from trl_rlsd.quickstart import run
 
     run(**options)
     return 0
@@ -221,9 +235,11 @@ def _report(options: dict) -> int:
         return 2
 
     def run() -> int:
-        from trl_rlsd.report.run import run_report
-
-        print(f"Written: {run_report(options['output_dirs'], options['html'], smooth=options['smooth'])}")
+        with _loading():
+            from trl_rlsd.report.run import run_report
+        with _status("Drawing ..."):
+            path = run_report(options["output_dirs"], options["html"], smooth=options["smooth"])
+        print(f"Written: {path}")
         return 0
 
     return _told("report", run)
@@ -231,7 +247,8 @@ def _report(options: dict) -> int:
 
 def _publish(options: dict) -> int:
     def run() -> int:
-        from trl_rlsd.hub import publish
+        with _loading():
+            from trl_rlsd.hub import publish
 
         dry_run = options.pop("dry_run")
         print(publish(**options, dry_run=True), flush=True)
@@ -253,7 +270,8 @@ def _told(command: str, run: Callable[[], int]) -> int:
 
 def _inspect(argv: list[str]) -> int:
     def run() -> int:
-        from trl_rlsd.inspection import main
+        with _loading():
+            from trl_rlsd.inspection import main
 
         return main(argv)
 
@@ -261,7 +279,8 @@ def _inspect(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    from trl_rlsd.doctor import doctor
+    with _loading():
+        from trl_rlsd.doctor import doctor
 
     return doctor(argv)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from tempfile import TemporaryDirectory
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from tqdm.auto import tqdm
@@ -90,6 +91,8 @@ def _parse(argv: list[str], scratch: str) -> tuple:
         "gradient_accumulation_steps": "1",
         "disable_dropout": "true",
     } | ({} if known.prompt is None else {"scale_rewards": "none"})
+    if not torch.accelerator.is_available():  # a recipe for a GPU can be looked at on a laptop
+        here |= {"use_cpu": "true", "bf16": "false", "fp16": "false"}
     flags = [part for name, value in here.items() for part in (f"--{name}", value)]
     parser = make_parser(prog="trl-rlsd inspect", more=(InspectArguments,))
     parser.description = __doc__

@@ -21,7 +21,14 @@ from datasets import Dataset, disable_progress_bars
 from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TrainerCallback,
+)
 from transformers import logging as transformers_logging
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -199,9 +206,13 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem
     model.eval()
     for name, options in choices.items():
         torch.manual_seed(0)  # the same draws before and after
-        with torch.no_grad():
+        with torch.no_grad(), tqdm(total=COMPLETION_TOKENS, desc=f"{name} answers", unit="token", leave=False) as bar:
             output = model.generate(
-                **inputs, max_new_tokens=COMPLETION_TOKENS, pad_token_id=tokenizer.pad_token_id, **options
+                **inputs,
+                max_new_tokens=COMPLETION_TOKENS,
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=[_Ticks(bar)],
+                **options,
             )
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         results["texts"] = texts
@@ -232,6 +243,17 @@ def _config(folder: Path, steps: int, seed: int, credit: str) -> RLSDConfig:
         report_to=[],
         rlsd_log_credit_steps=8,
     )
+
+
+class _Ticks(StoppingCriteria):
+    """Never stops; moves a bar by a token."""
+
+    def __init__(self, bar: tqdm):
+        self.bar = bar
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.bar.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class Progress(TrainerCallback):
