@@ -322,7 +322,7 @@ def model(tmp_path, monkeypatch):
 def test_inspect_shows_given_completions_as_right_and_as_wrong(model, tmp_path, capsys, monkeypatch):
     shown = []
     monkeypatch.setattr(CreditPictures, "save", lambda self, path, title="": shown.extend(self) or path)
-    own = ["--prompt", "What is 3+4?", "--context", "It is 7.", "--completion", "3+4 is 7", "so 8"
+    own = ["--prompt", "What is 3+4?", "--context", "It is 7.", "--completion", "3+4 is 7", "so 8"]
     assert cli.main(["inspect", "--model_name_or_path", "model", *own]) == 0
     assert [one.advantage for one in shown] == [1.0, -1.0, 1.0, -1.0]
     assert ["".join(t.text for t in one.tokens) for one in shown[::2]] == ["3+4 is 7</s>", "so 8</s>"]
@@ -361,7 +361,7 @@ def test_inspect_samples_and_rewards_rows_of_a_config(model, tmp_path, capsys):
     ],
 )
 def test_inspect_tells_what_is_missing(model, capsys, arguments, said):
-    assert cli.main(["inspect", "--model_name_or_path", "model", *arguments) == 1
+    assert cli.main(["inspect", "--model_name_or_path", "model", *arguments]) == 1
     assert said in capsys.readouterr().err
 
 
