@@ -224,7 +224,7 @@ class RLSDConfig(GRPOConfig):
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number.")
-            if not low <= value <= high or math.isinf(value):
+            if not low <= float(value) <= high or math.isinf(value):
                 bounds = f"in [{low:g}, {high:g}]" if high < math.inf else f"finite and at least {low:g}"
                 bounds = bounds if low > -math.inf else "finite"
                 raise ValueError(f"{name}={value!r} is out of range; it must be {bounds}.")

@@ -29,19 +29,19 @@ def external_teacher(
         raise ValueError(
             "teacher_model is the student itself. Use teacher_model_kind='live', or another copy of the model."
         )
-    given = isinstance(teacher_model, str)
+    if isinstance(teacher_model, str):
+        path, teacher = teacher_model, create_model_from_path(teacher_model, **init_kwargs)
+    else:
+        path, teacher = get_config_model_id(teacher_model.config), teacher_model
     try:
-        path = teacher_model if given else get_config_model_id(teacher_model.config)
         teacher_tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=init_kwargs.get("trust_remote_code", False)
         )
     except (OSError, ValueError):  # a model made in code has no files, and its tokenizer is not known
         teacher_tokenizer = None
-    if given:
-        teacher_model = create_model_from_path(teacher_model, **init_kwargs)
-    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher_model)]
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     check_vocabularies(tokenizer, teacher_tokenizer, *sizes)
-    return _prepared(teacher_model, accelerator, args.temperature, args.cast_lm_head_to_fp32)
+    return _prepared(teacher, accelerator, args.temperature, args.cast_lm_head_to_fp32)
 
 
 def check_vocabularies(

@@ -262,10 +262,10 @@ class FusedLoss:
     def from_config(cls, config: GRPOConfig, batch: Mapping[str, torch.Tensor], *loss_args, ratio=None) -> FusedLoss:
         """Of a trainer's micro-batch; `loss_args` are `mask`, `factors` and `credit`, `ratio` the `sampling_ratio`."""
         mask, factors, credit = loss_args
-        logps = (batch.get(f"{policy}_per_token_logps") for policy in ("old", "ref"))
+        old_logps, ref_logps = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
         return cls(
             batch["completion_ids"],
-            SurrogateBatch(mask, factors, *logps, ratio),
+            SurrogateBatch(mask, factors, old_logps, ref_logps, ratio),
             Surrogate.from_config(config),
             credit,
             config.temperature,

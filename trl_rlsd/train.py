@@ -157,7 +157,8 @@ def _split(
 ) -> Dataset | IterableDataset:
     """The rows of a split, made by `load_rows` where there are options or a preset knows them; `load` gives all splits
     of a source that `load_rows` does not read itself."""
-    source, name, options = script.dataset_name, getattr(script, field_name), script.dataset_options
+    source, name = script.dataset_name, getattr(script, field_name)
+    options: Any = script.dataset_options  # JSON text was read in __post_init__
     ready = options is None and not (source and (source.startswith(GYM) or presets_for(source)))
     is_file = source and Path(source).suffix.lower() in FORMATS
     if ready or (source and _DOTTED.fullmatch(source) and not is_file):
@@ -212,7 +213,8 @@ def build_trainer(
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
-    names, options = script.reward_funcs or [], script.reward_options or {}
+    names = script.reward_funcs or []
+    options: Any = script.reward_options or {}  # JSON text was read in __post_init__
     if not names and not script.environment_factory:  # which may have a reward of its own
         raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
     if unused := [name for name in options if name not in names]:
@@ -261,15 +263,16 @@ def _tools(script: RLSDScriptArguments) -> dict:
     def found(field_name: str, path: str) -> Callable:
         return load_callable(field_name, path, "None", "or class as TRL takes it")
 
-    environments = script.environment_factory or None
-    if isinstance(environments, dict):
-        environments = {name: found("environment_factory", path) for name, path in environments.items()}
-    elif environments:
-        environments = found("environment_factory", environments)
+    given = script.environment_factory or None
+    environments: Callable | dict[str, Callable] | None
+    if isinstance(given, dict):
+        environments = {name: found("environment_factory", path) for name, path in given.items()}
+    else:
+        environments = found("environment_factory", given) if given else None
     return {"tools": [found("tools", path) for path in script.tools or []], "environment_factory": environments}
 
 
-def _curriculum(given: dict) -> Curriculum:
+def _curriculum(given: Any) -> Curriculum:
     try:
         stages = [Stage(**stage) for stage in given.get("stages", [])]
         return Curriculum(**{**given, "stages": stages})

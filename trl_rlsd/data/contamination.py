@@ -103,7 +103,7 @@ def prompt_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """All text of a prompt: its own, or that of its messages."""
     if isinstance(prompt, str):
         return prompt
-    texts = []
+    texts: list[str] = []
     for message in prompt:
         content = message.get("content") or ""
         parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]

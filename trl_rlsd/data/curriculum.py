@@ -43,7 +43,7 @@ def order_by_difficulty(
     Raises: ValueError.
     """
     values = _values(dataset, column)
-    keys = np.searchsorted(_ascending(edges), values, side="right") if len(edges) else values
+    keys = np.digitize(values, _ascending(edges)) if len(edges) else values
     shuffled = np.random.default_rng(seed).permutation(len(values))
     descending = high_is_easy == easiest_first
     return dataset.select(shuffled[np.argsort(-keys[shuffled] if descending else keys[shuffled], kind="stable")])
@@ -75,7 +75,7 @@ def mix(
             f"weights={list(weights)}: {len(bounds)} edges make {len(bounds) + 1} buckets; give one weight for each, "
             "none negative and not all 0."
         )
-    bucket = np.searchsorted(bounds, values, side="right")
+    bucket = np.digitize(values, bounds)
     shares = np.asarray(weights, dtype=float) / sum(weights)
     rows = [np.flatnonzero(bucket == k) for k in range(len(shares))]
     if empty := [k for k, share in enumerate(shares) if share and not len(rows[k])]:
@@ -305,7 +305,8 @@ class CurriculumSampler(Sampler):
     """
 
     def __init__(self, layout: Layout, rows: list[np.ndarray], *, seed: int, shuffle: bool):
-        self.layout, self.epoch, self.starts = layout, 0, (0,)
+        self.layout, self.epoch = layout, 0
+        self.starts: tuple[int, ...] = (0,)
         self._rows, self._seed, self._shuffle = rows, seed, shuffle
         self._order: Callable[[int, int], np.ndarray] = lru_cache(maxsize=2)(self._one_pass)
 

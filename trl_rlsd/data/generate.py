@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from queue import SimpleQueue
@@ -94,7 +94,7 @@ class Endpoint:
 
     def complete(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], keep: Keep
-    ) -> Iterator[tuple[int, str | RequestFailed]]:
+    ) -> Generator[tuple[int, str | RequestFailed], None, None]:
         """A text, or why there is none, for each prompt. The seeds are not used: servers do not agree on them.
 
         Closing the iterator, as Ctrl-C does, sends no more requests, and waits for those that are under way.
@@ -231,7 +231,9 @@ class LocalModel:
         model = self.model if isinstance(self.model, str) else self.model.name_or_path
         return {"model": model, **{name: getattr(self, name) for name in names}, **template}
 
-    def complete(self, prompts: Sequence[Prompt], seeds: Sequence[int], keep: Keep) -> Iterator[tuple[int, str]]:
+    def complete(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], keep: Keep
+    ) -> Generator[tuple[int, str], None, None]:
         """A text for each prompt, batch by batch. The seeds, one of each completion, tell completions of one prompt
         apart. Raises what the model raises: a fault here is not one request's."""
         for start in range(0, len(prompts), self.batch_size):

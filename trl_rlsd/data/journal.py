@@ -219,7 +219,8 @@ class GradedSamples:
         keep_from = threshold if keep_texts else math.inf
         self.journal = Journal(journal, self._header, len(dataset), keep_from, regrade)
         self.accepted = {key for key, reward in self.journal.rewards.items() if reward >= threshold}
-        self.failed, self.first_failure = 0, None
+        self.failed = 0
+        self.first_failure: RequestFailed | str | None = None
         if self.journal.texts or self.journal.rewards:
             logger.info("%s goes on with %d verdicts of earlier calls.", journal, len(self.journal.rewards))
 
@@ -299,7 +300,7 @@ class GradedSamples:
             raise ValueError(f"{_name(self.reward)} gave {len(rewards)} rewards for {len(keys)} completions.")
         return rewards
 
-    def _fail(self, why: object) -> None:
+    def _fail(self, why: RequestFailed | str) -> None:
         self.failed += 1
         self.first_failure = self.first_failure or why
 
@@ -333,7 +334,7 @@ def _prompt(row: int, prompt: Any) -> Prompt:
     return [{name: value for name, value in message.items() if value is not None} for message in prompt]
 
 
-def _name(reward: RewardFunc) -> str:
+def _name(reward: Callable) -> str:
     """Of a dataclass, with the options that it was given, but for those that say how it is run."""
     if not is_dataclass(reward) or isinstance(reward, type):
         return getattr(reward, "__name__", type(reward).__name__)

@@ -43,8 +43,8 @@ def pass_rate(
             f"The dataset has a column {column!r} already. Remove it: dataset.remove_columns({column!r})."
         )
     journal = None if output is None else journal_of(output)
-    options = dict(threshold=threshold, keep_texts=False, regrade=regrade)
-    with GradedSamples(dataset, source, reward, journal, **options) as drawn:
+    drawn = GradedSamples(dataset, source, reward, journal, threshold=threshold, keep_texts=False, regrade=regrade)
+    with drawn:
         drawn.draw([(row, sample) for sample in range(samples) for row in drawn.rows], "pass rate")
         graded = Counter(row for row, sample in drawn.journal.rewards if sample < samples)
         passed = Counter(row for row, sample in drawn.accepted if sample < samples)

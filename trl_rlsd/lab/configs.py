@@ -123,7 +123,7 @@ def load_configs(configs: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--config {path}: another config is named {name!r}, too; methods go by file names.")
         contents[name] = content
     defaults = {
-        field.name: field.default_factory() if field.default is MISSING else field.default
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for kind in (ModelConfig, RLSDConfig, RLSDScriptArguments)
         for field in fields(kind)
         if field.default is not MISSING or field.default_factory is not MISSING

@@ -131,13 +131,18 @@ def _summary(method: str, own: dict[int, Run], against: dict[int, Run], target: 
         ratio=_steps_ratio(pairs, target),
         difference=_difference(pairs, "sampled"),
         greedy_difference=_difference(pairs, "greedy"),
-        **{key: _estimate(np.mean, late[key]) for key in LATE[:2]},
+        sampled=_estimate(np.mean, late["sampled"]),
+        greedy=_estimate(np.mean, late["greedy"]),
         peak_greedy=max(_mean_curve(runs, "greedy")[1], default=None),
-        **{key: _mean(late[key]) for key in LATE[2:]},
+        length=_mean(late["length"]),
+        entropy=_mean(late["entropy"]),
+        leak=_mean(late["leak"]),
         highest_leak=max(_values(point.get("leak") for run in runs for point in run["curve"]), default=None),
         seconds=seconds,
         seconds_ratio=seconds / others if seconds is not None and others else None,
-        **{key: _mean(one.get(key) for one in local) for key in ("auc", "share", "uniform_share")},
+        auc=_mean(one.get("auc") for one in local),
+        share=_mean(one.get("share") for one in local),
+        uniform_share=_mean(one.get("uniform_share") for one in local),
     )
 
 
@@ -163,7 +168,8 @@ def _estimate(statistic: Callable, *samples: Sequence[float], censored: Sequence
     ends = None
     if len(samples[0]) > 1 and not (censored and all(censored)) and not any(0 in divisor for divisor in samples[1:]):
         options = dict(paired=True, vectorized=True, method="percentile", rng=np.random.default_rng(0))
-        ends = tuple(map(float, bootstrap(samples, statistic, **options).confidence_interval))
+        low, high = bootstrap(samples, statistic, **options).confidence_interval
+        ends = float(low), float(high)
     return Estimate(float(statistic(*map(np.array, samples))), ends, bound if any(censored) else "")
 
 
@@ -189,8 +195,8 @@ def _late(run: Run, key: str) -> float | None:
 def _mean_curve(runs: Iterable[Run], key: str) -> tuple[list[float], ...]:
     """Steps at which any seed has a value; there mean, minimum and maximum over seeds."""
     together = zip(*(run["curve"] for run in runs), strict=True)
-    rows = [(points[0]["step"], _values(point.get(key) for point in points)) for points in together]
-    rows = [(step, _mean(values), min(values), max(values)) for step, values in rows if values]
+    there = [(points[0]["step"], _values(point.get(key) for point in points)) for points in together]
+    rows = [(step, _mean(values), min(values), max(values)) for step, values in there if values]
     return tuple(map(list, zip(*rows, strict=True))) or ([], [], [], [])
 
 
@@ -239,8 +245,8 @@ def table(summaries: Sequence[MethodSummary], target: float, baseline: str | Non
     widths = [max(map(len, (header, *cells))) for header, cells in columns.items()]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
-    for cells in (columns, rule, *zip(*columns.values(), strict=True)):
-        first, *others = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    for row in (columns, rule, *zip(*columns.values(), strict=True)):
+        first, *others = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("|".join(["", first.strip().ljust(widths[0]), *others, ""]))
     lines += [
         "",

@@ -27,7 +27,7 @@ from trl_rlsd.lab.task import CITE, FILLERS, MARKERS, OPERATORS, ChainTask
 
 PAD, END = "_", "$"
 # many small steps: after as many texts in batches of 48 it knows 0.41 of the easy facts, in batches of 12 0.93
-RECIPE = {"batch": 12, "learning_rate": 1e-3, "hidden_size": 128, "layers": 3, "heads": 4}
+RECIPE: dict[str, Any] = {"batch": 12, "learning_rate": 1e-3, "hidden_size": 128, "layers": 3, "heads": 4}
 
 
 def start_model(task: ChainTask, steps: int = 4000) -> Path:

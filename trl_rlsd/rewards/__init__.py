@@ -58,14 +58,14 @@ def get_reward(name: str, options: Mapping[str, Any] | None = None) -> Callable[
     options, made = dict(options or {}), name in _MADE
     if not options and not made:
         return reward
-    if is_dataclass(reward):
+    if _has_options(reward):
         known = {field.name: getattr(reward, field.name) for field in fields(reward)}
     else:
         takes = signature(reward).parameters.values()
         known = {p.name: p.default for p in takes if made or p.kind is p.KEYWORD_ONLY}
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
-    if is_dataclass(reward):
+    if _has_options(reward):
         return replace(reward, **{option: _within(known[option], value) for option, value in options.items()})
     if not made:
         return partial(reward, **options)
@@ -74,6 +74,11 @@ def get_reward(name: str, options: Mapping[str, Any] | None = None) -> Callable[
     return reward(**options)
 
 
+def _has_options(thing: Any) -> bool:
+    """Whether its options are its fields; those of a class have no values yet."""
+    return is_dataclass(thing) and not isinstance(thing, type)
+
+
 def _within(default: Any, value: Any) -> Any:
     """An option that has fields of its own, such as `limits`, may give some of them."""
-    return replace(default, **value) if is_dataclass(default) and isinstance(value, Mapping) else value
+    return replace(default, **value) if _has_options(default) and isinstance(value, Mapping) else value

@@ -152,9 +152,9 @@ def chosen_option(text: str, options: Options) -> str | None:
         return None
     text = text[:-_READ] + _without_lists(text[-_READ:], options)
     for statement in _statements(text):
-        found = _stated(" ".join(_MARKUP.sub(" ", statement).split()), options)
-        if found is not None:
-            return found or None
+        stated = _stated(" ".join(_MARKUP.sub(" ", statement).split()), options)
+        if stated is not None:
+            return stated or None
     text = _MARKUP.sub(" ", text[-_READ:])
     found = (read(text, options) for read in (_cued, _called_correct, _marked))
     return next((label for label in found if label is not None), None) or None

@@ -70,7 +70,7 @@ def answer_of(job: dict, number: int, report: int) -> str | None:
 def attempt(program: str, case: dict, token: int, result: int) -> None:
     """In the program's process; what is used after the program ran is put back first."""
     code = compile(program, "program.py", "exec")
-    builtins.exit = builtins.quit = sys.exit  # python -S has none
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # python -S has none
     # a program with functions to test may have a main part; it is not to run
     name = "__main__" if "stdin" in case else "program"
     module = sys.modules[name] = types.ModuleType(name)

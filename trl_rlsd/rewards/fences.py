@@ -30,7 +30,8 @@ def fenced_blocks(text: str) -> list[Block]:
     content may begin beside it, and it may close at the end of a line of content. Backticks inside a line never close.
     """
     blocks: list[Block] = []
-    fence, language, lines = "", "", []
+    lines: list[str] = []
+    fence, language = "", ""
     for line in text.split("\n"):
         if not fence:
             opening = _OPENING.search(line)

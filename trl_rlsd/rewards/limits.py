@@ -95,9 +95,12 @@ def run_limited(
 
     Raises: CannotGrade, where it cannot be started.
     """
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(argv, **pipes, env=env, pass_fds=pass_fds, cwd=cwd, start_new_session=True)
+        process = subprocess.Popen(
+            argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe,
+            env=env, pass_fds=pass_fds, cwd=cwd, start_new_session=True,
+        )  # fmt: skip
     except OSError as error:
         raise CannotGrade(f"{argv[0]} cannot be started: {error}") from error
     with process:
@@ -115,15 +118,15 @@ def run_limited(
 
 def _converse(process: subprocess.Popen, data: bytes, limits: Limits) -> tuple[bytes, bytes, str | None]:
     """What the process printed until it ended or passed a limit, and which limit."""
-    printed = {process.stdout: bytearray(), process.stderr: bytearray()}
+    printed = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
     unsent, now = memoryview(data), time.monotonic()
     deadline, look = now + limits.wall_seconds, now + _LOOK_EVERY
     with selectors.DefaultSelector() as selector:
         os.set_blocking(process.stdin.fileno(), False)
         selector.register(process.stdin, selectors.EVENT_WRITE)
-        for pipe in printed:
-            selector.register(pipe, selectors.EVENT_READ)
-        while any(pipe in selector.get_map() for pipe in printed):
+        for fd in printed:
+            selector.register(fd, selectors.EVENT_READ)
+        while any(fd in selector.get_map() for fd in printed):
             ready = selector.select(max(0.0, min(look, deadline) - time.monotonic()))
             for key, _ in ready:
                 if key.fileobj is process.stdin:
@@ -132,9 +135,9 @@ def _converse(process: subprocess.Popen, data: bytes, limits: Limits) -> tuple[b
                         selector.unregister(process.stdin)
                         process.stdin.close()
                 elif chunk := os.read(key.fd, 1 << 16):
-                    printed[key.fileobj] += chunk
+                    printed[key.fd] += chunk
                 else:
-                    selector.unregister(key.fileobj)
+                    selector.unregister(key.fd)
             now = time.monotonic()
             if reason := _passed(limits, process.pid, now, deadline, look, sum(map(len, printed.values()))):
                 break
@@ -147,7 +150,8 @@ def _converse(process: subprocess.Popen, data: bytes, limits: Limits) -> tuple[b
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             reason = "timeout"
-    return bytes(printed[process.stdout]), bytes(printed[process.stderr]), reason
+    stdout, stderr = map(bytes, printed.values())
+    return stdout, stderr, reason
 
 
 def _passed(limits: Limits, pid: int, now: float, deadline: float, look: float, printed: int) -> str | None:

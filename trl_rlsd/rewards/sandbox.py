@@ -112,8 +112,8 @@ class Bubblewrap:
         # RLIMIT_NPROC never binds root, in no user namespace: setpriv makes it another user
         options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if _is_root() else ["--unshare-user"]
         options += ["--ro-bind", "/usr", "/usr"]
-        for folder in ("/bin", "/sbin", "/lib", "/lib64"):
-            options += _same(folder)
+        for name in ("/bin", "/sbin", "/lib", "/lib64"):
+            options += _same(name)
         for file in ("/etc/ld.so.cache", "/etc/alternatives"):
             options += [*_parents(file), "--ro-bind-try", file, file]
         for folder in (python.parent, python.parent.parent / "lib", python.parent.parent / "lib64"):

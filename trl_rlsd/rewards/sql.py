@@ -393,7 +393,7 @@ class DuckDB(Engine):
         import duckdb
 
         super().__init__(source)
-        config = {
+        config: dict[str, Any] = {
             "enable_external_access": False,  # files, extensions, variables of Python
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
