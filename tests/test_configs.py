@@ -267,6 +267,7 @@ def test_options_stand_in_a_config_or_are_json_on_the_command_line(project, capf
     "name, value, said",
     [
         ("reward_options", "{x", "reward_options='{x' is not JSON"),
+        ("curriculum", "[1]", r"curriculum='\[1\]' must map names to values"),
         ("reward_options", '{"code_reward": {}}', "reward_options names 'code_reward', which is not in reward_funcs"),
         ("reward_options", '{"math_reward": {"time": 1}}', "'math_reward' has no option 'time'; it has column"),
         ("dataset_options", '{"preset": "gsm9k"}', "gsm9k.*gsm8k"),

@@ -17,13 +17,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, MambaConfig
 from trl import ModelConfig
 
-from trl_rlsd import train
 from trl_rlsd.doctor import ACCURACY, doctor, machine
 from trl_rlsd.doctor.estimate import architecture_of, empty_model, launch_options, sizes_of
-from trl_rlsd.doctor.recipe import rows_of
 from trl_rlsd.memory import CPU_PROCESS, Architecture, Setup, Sizes, peak, phases, resident, room
 from trl_rlsd.rewards.sandbox import Bubblewrap
-from trl_rlsd.train import RLSDScriptArguments, launcher_arguments
+from trl_rlsd.train import launcher_arguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -156,26 +154,6 @@ def test_a_right_recipe_shows_both_prompts_and_fits(told):
 def test_no_weights_are_read(told, project):
     assert not list((project / "model").glob("*.safetensors"))
     assert told()[0] == 0
-
-
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("rows.jsonl", None),
-        ("rows.jsonl", {"columns": {"prompt": "prompt", "answer": "privileged_context"}}),
-        ("data_of_mine.splits", None),
-        ("data_of_mine.splits", {"columns": {"prompt": "prompt", "answer": "privileged_context"}}),
-    ],
-)
-def test_the_rows_are_those_that_training_reads(project, monkeypatch, name, options):
-    monkeypatch.syspath_prepend(project)
-    (project / "data_of_mine.py").write_text(
-        "from datasets import Dataset\ndef splits():\n    return {'train': Dataset.from_json('rows.jsonl')}\n"
-    )
-    script, model = RLSDScriptArguments(dataset_name=name, dataset_options=options), ModelConfig("model")
-    load = lambda: train.load_splits(name)  # noqa: E731
-    expected = train._split(script, "dataset_train_split", "model", load)
-    assert rows_of(script, model).to_list() == expected.to_list()
 
 
 def test_a_missing_column_is_an_error_and_the_rest_is_examined_all_the_same(told):

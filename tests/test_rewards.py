@@ -215,3 +215,8 @@ def test_an_option_with_fields_of_its_own_may_give_some_of_them():
     assert get_reward("code_reward", {"limits": {"wall_seconds": 3}}).limits == Limits(wall_seconds=3)
     with pytest.raises(ValueError, match=r"Limits\.wall_seconds is -1"):
         get_reward("code_reward", {"limits": {"wall_seconds": -1}})
+
+
+def test_a_type_is_no_reward_and_has_no_options():
+    with pytest.raises(ValueError, match="Limits' has no option 'seconds'; it has none"):
+        get_reward("trl_rlsd.rewards.limits.Limits", {"seconds": 1})

@@ -42,7 +42,7 @@ class PromptCheck:
         self.tokenizer = tokenizer
         self.max_completion_length = max_completion_length
         self.positions = positions
-        self.shown = False
+        self.shown: str | None = None  # what was shown, once it was
         self._rollout_checked = False
 
     def dataset(self, dataset: Dataset) -> None:
@@ -107,10 +107,10 @@ class PromptCheck:
         check_length([len(ids) for ids in prompt_ids], self.max_completion_length, self.positions)
 
     def _show(self, context: Context | None, student_ids: list[int], teacher_ids: list[int]) -> None:
-        self.shown = True
         student, teacher = self.tokenizer.decode(student_ids), self.tokenizer.decode(teacher_ids)
         for text in texts_in(context) if self.collator.reads_context else ():
             # encoded and decoded like the prompts, so that what a tokenizer drops is dropped here too
             decoded = self.tokenizer.decode(self.tokenizer.encode(text, add_special_tokens=False))
             self.collator.check_rendered(decoded, student, teacher)
-        logger.info(f"The student reads:\n{collapse(student)}\nThe teacher reads:\n{collapse(teacher)}")
+        self.shown = f"The student reads:\n{collapse(student)}\nThe teacher reads:\n{collapse(teacher)}"
+        logger.info(self.shown)

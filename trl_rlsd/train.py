@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,8 @@ class RLSDScriptArguments(ScriptArguments):
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+            if not is_path and not isinstance(getattr(self, name), dict | None):
+                raise ValueError(f"{name}={value!r} must map names to values, such as {{name: value}}.")
 
 
 class _LaunchParser(TrlParser):
@@ -152,11 +154,18 @@ def load_splits(name: str | None, config: str | None = None, streaming: bool = F
     return load_dataset(name, name=config, streaming=streaming)
 
 
-def _split(
-    script: RLSDScriptArguments, field_name: str, model: str, load: Callable[[], dict]
+def rows_of(
+    script: RLSDScriptArguments,
+    model: ModelConfig,
+    field_name: str = "dataset_train_split",
+    load: Callable[[], dict] | None = None,
 ) -> Dataset | IterableDataset:
     """The rows of a split, made by `load_rows` where there are options or a preset knows them; `load` gives all splits
-    of a source that `load_rows` does not read itself."""
+    of a source that `load_rows` does not read itself.
+
+    Raises: ValueError, TypeError, naming the field.
+    """
+    load = load or partial(load_splits, script.dataset_name, script.dataset_config, script.dataset_streaming)
     source, name = script.dataset_name, getattr(script, field_name)
     options: Any = script.dataset_options  # JSON text was read in __post_init__
     ready = options is None and not (source and (source.startswith(GYM) or presets_for(source)))
@@ -173,7 +182,7 @@ def _split(
     options = dict(options or {})
     if isinstance(options.get("documents"), dict):
         documents = options["documents"]
-        tokenizer = AutoTokenizer.from_pretrained(model) if documents.get("budget") else None
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path) if documents.get("budget") else None
         options["documents"] = Documents(**documents, tokenizer=tokenizer)
     return load_rows(source, split=name, config=script.dataset_config, **options)
 
@@ -190,8 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model(args.output_dir)
     trainer.accelerator.print(f"Model saved to {args.output_dir}.")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+        trainer.accelerator.print(trainer.push_to_hub())
     trainer.end()
 
 
@@ -213,18 +221,11 @@ def build_trainer(
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set. Give a model's path or its id on the Hub.")
-    names = script.reward_funcs or []
-    options: Any = script.reward_options or {}  # JSON text was read in __post_init__
-    if not names and not script.environment_factory:  # which may have a reward of its own
-        raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
-    if unused := [name for name in options if name not in names]:
-        raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
-    rewards = [get_reward(name, options.get(name)) for name in names]
+    rewards = rewards_of(script)
     # once for both: a function of the user's may take its time, and need not return the same twice
     load = cache(lambda: load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming))
-    path = model.model_name_or_path
-    train_dataset = _split(script, "dataset_train_split", path, load)
-    eval_dataset = _split(script, "dataset_test_split", path, load) if evaluates else None
+    train_dataset = rows_of(script, model, load=load)
+    eval_dataset = rows_of(script, model, "dataset_test_split", load) if evaluates else None
     if evaluation_rows is not None:
         eval_dataset = eval_dataset.take(evaluation_rows)
 
@@ -244,6 +245,17 @@ def build_trainer(
     is_own = Path(script.dataset_name or "").suffix.lower() in FORMATS or _DOTTED.fullmatch(script.dataset_name or "")
     trainer.dataset_name = None if is_own else script.dataset_name
     return trainer
+
+
+def rewards_of(script: RLSDScriptArguments) -> list[Callable]:
+    """The rewards by their names and options. Raises: ValueError, naming the field."""
+    names = script.reward_funcs or []
+    options: Any = script.reward_options or {}  # JSON text was read in __post_init__
+    if not names and not script.environment_factory:  # which may have a reward of its own
+        raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
+    if unused := [name for name in options if name not in names]:
+        raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
+    return [get_reward(name, options.get(name)) for name in names]
 
 
 def model_arguments(args: RLSDConfig, model: ModelConfig) -> dict[str, Any]:

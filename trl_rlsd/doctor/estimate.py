@@ -131,7 +131,7 @@ def _optimizer(name: str, trained: float) -> float:
 def launch_options(arguments: Any) -> dict[str, Any]:
     """`num_processes`, and whether weights are `sharded` (FSDP, ZeRO-3), of the launcher's parsed arguments and the
     file that they name. Arguments win over the file, as in the launcher."""
-    content = {}
+    content: dict[str, Any] = {}
     if arguments.config_file:
         with open(arguments.config_file) as file:
             content = yaml.safe_load(file) or {}

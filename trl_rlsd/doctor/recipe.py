@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,18 +25,14 @@ from trl.data_utils import is_conversational
 from trl_rlsd import checks
 from trl_rlsd.collator import PrivilegedPromptCollator
 from trl_rlsd.config import RLSDConfig
-from trl_rlsd.data.load import FORMATS, GYM, load_rows
-from trl_rlsd.data.presets import presets_for
-from trl_rlsd.data.privileged import Documents
 from trl_rlsd.doctor.estimate import USUAL, empty_model, launch_options, setup_of, sizes_of
 from trl_rlsd.doctor.finding import ERROR, OK, WARNING, Finding
 from trl_rlsd.doctor.machine import has_bf16
 from trl_rlsd.images import prompt_with_images
 from trl_rlsd.memory import Setup, peak, phases, resident, room
 from trl_rlsd.prompt_check import PromptCheck
-from trl_rlsd.rewards import REWARDS, get_reward
 from trl_rlsd.token_credit import TokenCredit
-from trl_rlsd.train import RLSDScriptArguments, launcher_arguments, load_splits, make_parser
+from trl_rlsd.train import RLSDScriptArguments, launcher_arguments, make_parser, rewards_of, rows_of
 
 
 # what reading a config, files, a dataset, a template or a module of the user's raises when they are wrong
@@ -95,8 +89,8 @@ def examine_recipe(argv: list[str]) -> Examined:
         dataset = rows_of(recipe.script, recipe.model)
         done.say(OK, "dataset", f"{_count(dataset)}columns {', '.join(dataset.column_names or ['unknown'])}")
     with done.step("rewards"):
-        names = check_rewards(recipe.script, dataset)
-        done.say(OK, "rewards", ", ".join(names) or "the environment's own")
+        checks.check_rewards(rewards_of(recipe.script), dataset)
+        done.say(OK, "rewards", ", ".join(recipe.script.reward_funcs or ()) or "the environment's own")
     with done.step("model"):
         model = _fetched(recipe, done)
     prompts = None
@@ -151,38 +145,6 @@ def read(argv: list[str], done: Examined) -> Recipe:
     return Recipe(script, RLSDConfig(**own), model, launch, elsewhere)
 
 
-def check_rewards(script: RLSDScriptArguments, dataset: Any) -> list[str]:
-    """Names, options, packages and columns of the rewards. Raises: ValueError, ImportError."""
-    names, options = script.reward_funcs or [], script.reward_options or {}
-    if not names and not script.environment_factory:
-        raise ValueError(f"reward_funcs is not set. Give one or more of {', '.join(REWARDS)}, or dotted paths.")
-    if unused := [name for name in options if name not in names]:
-        raise ValueError(f"reward_options names {unused[0]!r}, which is not in reward_funcs.")
-    checks.check_rewards([get_reward(name, options.get(name)) for name in names], dataset)
-    return names
-
-
-def rows_of(script: RLSDScriptArguments, model: ModelConfig) -> Any:
-    """The rows of the train split, as `trl_rlsd.train` makes them."""
-    source, split, options = script.dataset_name, script.dataset_train_split, script.dataset_options
-    made = options is not None or (source and (source.startswith(GYM) or presets_for(source)))
-    is_file = source and Path(source).suffix.lower() in FORMATS
-    if not made or (source and "/" not in source and "." in source and not is_file and not source.startswith(GYM)):
-        splits = load_splits(source, script.dataset_config, script.dataset_streaming)
-        if split not in splits:
-            raise ValueError(
-                f"dataset_train_split={split!r} is not a split of the dataset; it has {', '.join(splits)}."
-            )
-        if not made:
-            return splits[split]
-        source = splits[split]
-    options = dict(options or {})
-    if isinstance(documents := options.get("documents"), dict):
-        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path) if documents.get("budget") else None
-        options["documents"] = Documents(**documents, tokenizer=tokenizer)
-    return load_rows(source, split=split, config=script.dataset_config, **options)
-
-
 # ------------------------------------------------------------------ prompts
 
 
@@ -216,7 +178,8 @@ def render(recipe: Recipe, dataset: Any, model: PreTrainedModel | None, done: Ex
         done.say(OK, "prompts", "no teacher: this credit needs none")
         return max(map(len, tokenize(list(rows[:STREAM_ROWS]["prompt"]))[0])), 0
     check = PromptCheck(collator, tokenize, tokenizer, args.max_completion_length, checks.position_limit(model))
-    done.prompts = shown_by(check, rows)
+    check.dataset(rows)
+    done.prompts = check.shown
     _, longest = collator.first_and_longest(rows)
     if longest is None:
         done.say(
@@ -245,24 +208,6 @@ def tokenizer_as_trls(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any
         return ids, [None] * len(prompts)
 
     return tokenize
-
-
-def shown_by(check: PromptCheck, rows: Dataset) -> str | None:
-    """What the self-check logs at the start of a training. Raises what it raises."""
-    shown: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: shown.append(record.getMessage().removeprefix("[RANK 0] "))  # Accelerate's
-    logger = logging.getLogger("trl_rlsd.prompt_check")
-    level, logger.propagate = logger.level, False
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        check.dataset(rows)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = True
-    return "\n".join(shown) or None
 
 
 def _count(dataset: Any) -> str:

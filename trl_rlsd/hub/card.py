@@ -116,7 +116,7 @@ def _metadata(
     tags += [str(peft.get("peft_type", "")).lower()] if re.fullmatch(r"\w+", str(peft.get("peft_type", ""))) else []
     tags += [f"base_model:adapter:{base_model}"] if adapter else []
     task = "image-text-to-text" if vision else "text-generation"
-    results = {}
+    results: dict[str, Any] = {}
     after = _after(run)
     if on_hub and after:
         measured = EvalResult(task, dataset, dataset, "reward", after["eval_reward"], metric_name="mean reward")

@@ -162,7 +162,8 @@ def _replace_base(files: Files, name: str, base_model: str | None) -> None:
 
 def _json(files: Files, name: str) -> dict[str, Any]:
     try:
-        return json.loads(files[name])
+        content = files[name]
+        return json.loads(content if isinstance(content, bytes) else content.read_bytes())
     except ValueError as error:
         raise ValueError(f"{name} is no JSON ({error}); save the model and its tokenizer again.") from None
 
@@ -176,7 +177,7 @@ def check(files: Mapping[str, bytes | Path], *, private_texts: Iterable[str] = (
     squeezed = {squeeze(text) for text in private_texts}
     private = {text for text in squeezed if len(text) >= DISTINCTIVE_CHARACTERS}
     secrets, places = _secrets(token), _places()
-    found = []
+    found: list[str] = []
     for name, content in files.items():
         if isinstance(content, Path):
             found += _in_binary(name, content)

@@ -263,7 +263,8 @@ def sections(runs: Sequence[Run], smooth: int) -> dict[str, list[Drawn]]:
 
 def draw(plot: Plot, runs: Sequence[Run], smooth: int) -> Drawn | None:
     """A plot of all runs; None where none of them has data for it."""
-    layers, rows, key = [], [], {}
+    layers, rows = [], []
+    key: dict[Any, Line] = {}
     for i, run in enumerate(runs):
         if plot.band:
             layers += _band(run, i, plot, smooth, 0.13 if len(runs) == 1 else 0.08)
