@@ -186,8 +186,8 @@ def _compare(parser: argparse.ArgumentParser, options: dict, rest: list[str]) ->
     given = [name for name in _BUILTIN if name in options]
     if configs is not None and given:
         parser.error(f"--{given[0].replace('_', '-')} belongs to the built-in task; leave it, or leave --config.")
-    if missing := [name for name in ("matplotlib", "scipy", "yaml") if find_spec(name) is None]:
-        parser.error(f"{', '.join(missing)} is not installed: pip install 'trl-rlsd[lab]'")
+    if _missing("compare", ("matplotlib", "scipy", "yaml"), "lab"):
+        return 2
     sys.path.insert(0, os.getcwd())  # where the user's modules are
     try:
         if configs is not None:
@@ -221,7 +221,20 @@ def _status(text: str) -> AbstractContextManager:
     return Console(stderr=True).status(text)
 
 
+def _missing(command: str, modules: Sequence[str], extra: str) -> bool:
+    """Tell which packages a command lacks."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        print(
+            f"trl-rlsd {command}: not installed: {', '.join(missing)}. pip install 'trl-rlsd[{extra}]'",
+            file=sys.stderr,
+        )
+    return bool(missing)
+
+
 def _quickstart(options: dict) -> int:
+    if _missing("quickstart", ("reasoning_gym", "matplotlib"), "quickstart"):
+        return 2
     with _loading():
         from trl_rlsd.quickstart import run
 
@@ -230,8 +243,7 @@ def _quickstart(options: dict) -> int:
 
 
 def _report(options: dict) -> int:
-    if find_spec("plotly") is None:
-        print("trl-rlsd report: plotly is not installed: pip install 'trl-rlsd[report]'", file=sys.stderr)
+    if _missing("report", ("plotly",), "report"):
         return 2
 
     def run() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -56,6 +57,9 @@ class InspectArguments:
 def main(argv: Sequence[str]) -> int:
     """Parse, look, print and write the page."""
     sys.path.insert(0, os.getcwd())  # dotted paths may name modules beside the config
+    # TRL 1.16 beside transformers 5.23: deprecations that a reader can do nothing about
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is how given completions come in
     with TemporaryDirectory() as scratch:
         script, args, model, look, rest = _parse(list(argv), scratch)
         launcher_arguments(rest)

@@ -28,6 +28,7 @@ PURPOSES = {
     "traces": "traces from an endpoint",
     "vision": "images",
     "quickstart": "trl-rlsd quickstart",
+    "report": "trl-rlsd report",
     "lab": "trl-rlsd compare",
 }
 _NOT_A_USERS = ("dev",)
