@@ -57,8 +57,6 @@ class CreditLog(TrainerCallback):
         self, batch: Batch, teacher: TeacherPrompts | None, rewards: Sequence[Mapping[str, float]]
     ) -> dict[str, torch.Tensor]:
         """A generation batch is there: keep its teacher prompts and rewards; returns what marks its rows."""
-        if not self.is_on:
-            return {}
         self._teacher, self._rewards = teacher, rewards
         ids = batch["completion_ids"]
         return {ROW: torch.arange(len(ids), device=ids.device)}

@@ -325,8 +325,9 @@ class RLSDTrainer(PublishingTrainer):
                 self._score_with_teacher(batch, self._privileged)
             elif self._teacher_is_used:
                 self._credit_metrics.add({"skipped": (len(inputs), len(inputs))})
-            teacher = self._privileged.teacher if self._wanted and self._credit_log.is_on else None
-            batch |= self._credit_log.keep(batch, teacher, self._own_rewards(len(inputs)))
+            if self._credit_log.is_on:
+                teacher = self._privileged.teacher if self._wanted else None
+                batch |= self._credit_log.keep(batch, teacher, self._own_rewards(len(inputs)))
         finally:
             self._privileged = self._verdicts = None
         return batch
@@ -452,7 +453,8 @@ class RLSDTrainer(PublishingTrainer):
     def credit_pictures(self, rows: Iterable[dict[str, Any]]) -> CreditPictures:
         """See the credit before anything is trained: `num_generations` completions of each dataset row are sampled,
         rewarded and scored as in the current step of training. Nothing is updated, no metric counts them, and a run
-        that follows is the same as without. Takes a forward's memory for a whole group.
+        that follows is the same as without. Takes a forward's memory for a whole group. Every process calls this, with
+        as many rows, and has its own pictures.
 
         ```python
         trainer.credit_pictures(dataset.select(range(2))).save("credit.html")
