@@ -3,17 +3,23 @@
 import io
 import logging
 import math
+import os
+import random
 import re
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
-from conftest import assert_same, byte_tokenizer, dataset, lora, tiny_llama, trainer, weights
+from conftest import assert_same, byte_reward, byte_tokenizer, dataset, lora, tiny_llama, trainer, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import TrainerCallback
 
 from trl_rlsd import RLSDTrainer, cli
 from trl_rlsd.credit_log import CreditLog
@@ -22,6 +28,7 @@ from trl_rlsd.report.picture import CreditPicture, Token, strongest, token_texts
 from trl_rlsd.report.terminal import rendered
 
 
+ROOT = Path(__file__).parent.parent
 HOSTILE = "</span></pre><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 ESCAPES = "\x1b[31m\x1b]8;;http://evil\x07\x9b2J\u202egnp.exe\u200b\r"
 
@@ -208,8 +215,83 @@ def test_a_resumed_run_shows_completions_whose_prompts_it_no_longer_has(tmp_path
     assert "What the teacher read" in page.read_text()
     page.unlink()
     trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert "gain" in page.read_text()
-    assert "What the teacher read" not in page.read_text()
+    text = page.read_text()
+    assert 'data-gain="-' in text
+    assert "What the teacher read is not kept in the checkpoint" in text
+    assert "The teacher has not scored" not in text
+    assert "What the teacher read, <mark>" not in text
+
+
+def test_looking_within_a_run_leaves_its_pages_and_its_loss_alone(tmp_path):
+    """Between two uses of the same completions, and between two micro-batches of a step."""
+
+    class Looks(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            own["trainer"].credit_pictures([{"prompt": "9 + 9 = ?", "privileged_context": "OTHER"}])
+
+        on_step_end = on_substep_end
+
+    def reward(completions, **columns):
+        return [value + random.random() + numpy.random.rand() for value in byte_reward(completions)]
+
+    options = dict(
+        reward=reward, num_iterations=2, gradient_accumulation_steps=2, max_steps=4, rlsd_log_credit_steps=1
+    )
+    logs, pages, own = [], [], {}
+    for name, callbacks in (("straight", []), ("looked", [Looks()])):
+        random.seed(0), numpy.random.seed(0)
+        own["trainer"] = trainer(tmp_path / name, callbacks=callbacks, **options)
+        own["trainer"].train()
+        logs.append([(log["loss"], log["grad_norm"]) for log in own["trainer"].state.log_history if "loss" in log])
+        pages.append([path.read_text() for path in sorted((tmp_path / name / "completions").iterdir())])
+    assert logs[0] == logs[1]
+    assert pages[0] == pages[1]
+    assert len(pages[0]) == 4
+
+
+def test_after_a_run_the_credit_of_another_step_can_be_seen(tmp_path):
+    own = trainer(tmp_path, rlsd_lambda_decay_steps=1)
+    own.train()
+    assert "lambda is 0 at this step" in own.credit_pictures(own.train_dataset.select([0])).html()
+    again = own.credit_pictures(own.train_dataset.select([0]), step=0)
+    assert {one.lam for one in again} == {0.5}
+    assert any(one.scored for one in again)
+    assert own.state.global_step == 2
+
+
+def test_the_legend_says_what_a_weight_is_taken_of_and_a_contrast_shows_both_prompts(tmp_path):
+    data = dataset(2).add_column("wrong", ["the answer is 7", "the answer is 8"])
+    for credit, said in (("rlsd", "exp(± gain)"), ("rlrt", "exp(± minus the gain)"), ("rlsd_contrast", "contrast")):
+        own = trainer(tmp_path, credit=credit, data=data, contrast_column="wrong")
+        pictures = own.credit_pictures(data)
+        assert said in pictures.html()
+        wrong = {
+            one.wrong_prompt is not None and "the answer is" in one.wrong_prompt for one in pictures if one.scored
+        }
+        assert wrong == {credit == "rlsd_contrast"}
+
+
+def test_completions_that_are_masked_whole_are_shown_as_such(tmp_path):
+    own = trainer(tmp_path, mask_truncated_completions=True)
+    (one, *_) = own.credit_pictures(own.train_dataset.select([0]))
+    assert len(one.tokens) == 8
+    assert not one.counting
+    assert "No token counts" in CreditPictures([one]).html()
+
+
+def test_a_page_is_written_whatever_the_locale(tmp_path):
+    script = "from trl_rlsd.report.page import CreditPictures; CreditPictures([]).save('page.html')"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, check=True)
+    assert "−" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_trackio_that_knows_no_pages_gets_none(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(__name__="trackio"))
+    log = trainer(tmp_path, rlsd_log_credit_steps=2)._credit_log
+    log._chosen = [picture()]
+    log.on_step_end(SimpleNamespace(output_dir=tmp_path, report_to=["trackio"]), SimpleNamespace(global_step=2), None)
+    assert (tmp_path / "completions" / "credit_00002.html").exists()
 
 
 # ---------------------------------------------------------------- the page and the terminal
@@ -334,6 +416,28 @@ def test_inspect_shows_given_completions_as_right_and_as_wrong(model, tmp_path, 
     shown.clear()
     assert cli.main(["inspect", "--model_name_or_path", "model", *own, "--verdict", "wrong", "--credit", "opsd"]) == 0
     assert [(one.advantage, one.credit) for one in shown] == [(-1.0, "opsd")] * 2
+
+
+def test_inspect_looks_at_a_trained_adapter(model, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(CreditPictures, "save", lambda self, path, title="": shown.append(list(self)) or path)
+    own = trainer(tmp_path / "run", model="model", processing_class=None, peft_config=lora(), max_steps=4)
+    own.train()
+    own.save_model(str(tmp_path / "adapter"))
+    given = ["--prompt", "What is 3+4?", "--context", "It is 7.", "--completion", "3+4 is 7"]
+    for path, kind in (("adapter", "synced"), ("adapter", "live"), ("model", "live")):
+        assert cli.main(["inspect", "--model_name_or_path", path, "--teacher_model_kind", kind, *given]) == 0
+    gains = [[token.gain for token in pictures[0].tokens] for pictures in shown]
+    assert gains[0] == pytest.approx(gains[1], abs=1e-5), "student and teacher both have the adapter"
+    assert gains[0] != pytest.approx(gains[2], abs=1e-2)
+
+
+def test_inspect_takes_an_external_teacher_and_forgets_a_configs_reward_weights(model, tmp_path):
+    given = ["--prompt", "What is 3+4?", "--context", "7", "--completion", "7", "--html", "page.html"]
+    teacher = ["--teacher_model_kind", "external", "--teacher_model_name_or_path", "model"]
+    arguments = ["--model_name_or_path", "model", *given, *teacher, "--reward_weights", "1", "2"]
+    assert cli.main(["inspect", *arguments]) == 0
+    assert (tmp_path / "page.html").exists()
 
 
 def test_inspect_samples_and_rewards_rows_of_a_config(model, tmp_path, capsys):

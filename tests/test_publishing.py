@@ -1,13 +1,16 @@
 """What a trainer, and the command line, publish: the model and its card, whatever else lies in output_dir."""
 
 import logging
+import threading
 
 import pytest
 import torch
 from conftest import assert_same, config, dataset, lora, tiny_llama, trainer, weights
+from datasets import Dataset
 from hub_server import TOKEN
 from peft import PeftModel
 from test_hub import ADAPTER_FILES, logits
+from transformers import TrainerCallback
 
 from trl_rlsd import cli
 
@@ -101,6 +104,57 @@ def test_a_privileged_context_in_what_would_be_published_makes_no_repository(hub
     assert hub.requests == []
 
 
+def test_what_another_run_left_in_output_dir_is_not_published(hub, tmp_path):
+    adapter = run(tmp_path)
+    adapter.train()
+    adapter.save_model()
+    full = run(tmp_path, model=tiny_llama(seed=3), peft_config=None)
+    full.train()
+    full.push_to_hub()
+    files = hub.repos["me/adapter"].branches["main"].files
+    assert "model.safetensors" in files
+    assert "adapter_model.safetensors" not in files
+    assert not list((tmp_path / "adapter").glob(".publishing-*"))
+
+
+def test_a_checkpoint_is_published_also_if_it_is_deleted_meanwhile(hub, tmp_path):
+    own = run(tmp_path, push_to_hub=True, save_total_limit=1, max_steps=3)
+    released = threading.Event()
+    hub.on_request = lambda method, path: released.wait(20) if "/commit/" in path else None
+    threading.Timer(2, released.set).start()
+    own.train()
+    assert [path.name for path in (tmp_path / "adapter").glob("checkpoint-*")] == ["checkpoint-3"]
+    released.set()
+    own.push_in_progress.wait_until_done()
+    titles = {commit.title for commit in hub.repos["me/adapter"].commits().values()}
+    assert "Training in progress, step 1" in titles
+
+
+def test_a_push_speaks_as_transformers_does(hub, tmp_path):
+    heard = []
+
+    class Hears(TrainerCallback):
+        def on_push_begin(self, args, state, control, **kwargs):
+            heard.append(state.global_step)
+
+    own = run(tmp_path, save_strategy="no", callbacks=[Hears()])
+    own.train()
+    with pytest.raises(TypeError, match="finetuned_from"):
+        own.push_to_hub(finetuned_from="x")
+    published = own.push_to_hub(blocking=False, tags=["math"], model_name="sums").result()
+    assert heard == [2]
+    assert published.url.endswith("me/adapter"), "the repository that init_hf_repo has made"
+    assert "- math" in hub.repos["me/adapter"].branches["main"].files["README.md"].decode()
+
+
+def test_every_dataset_of_a_run_is_looked_for(tmp_path):
+    own = run(tmp_path, eval_dataset={"one": dataset(4), "two": dataset(8, conversational=True)}, hub_token=None)
+    texts = list(own.private_texts())
+    assert texts.count("3 + 3 = ?") == 3
+    assert texts.count("the answer is 6") == 3
+    assert "7 + 7 = ?" in texts
+
+
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_strategies_that_would_publish_checkpoints_are_refused(tmp_path, strategy):
     with pytest.raises(ValueError, match=f"hub_strategy='{strategy}' would upload whole checkpoints"):
@@ -123,6 +177,14 @@ def test_the_command_line_lists_and_then_publishes(hub, tmp_path, capsys, monkey
     assert cli.main([*command, "--private"]) == 0
     assert "Published, commit" in capsys.readouterr().out
     assert hub.repos["me/named"].private
+    Dataset.from_dict({"note": ["Self-Distilled RLVR is the method's name"]}).to_json(tmp_path / "rows.jsonl")
+    before = len(hub.requests)
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text(
+        '{"note": "Self-Distilled RLVR is the method\'s name"}'
+    )
+    assert cli.main([*command, "--dataset", str(tmp_path / "rows.jsonl")]) == 1
+    assert "tokenizer_config.json" in capsys.readouterr().err
+    assert len(hub.requests) == before
     hub.tokens.clear()
     assert cli.main(command) == 1
     assert "401" in capsys.readouterr().err

@@ -6,7 +6,15 @@ import logging
 import pytest
 from conftest import byte_tokenizer, config, dataset, lora, tiny_llama, trainer
 
-from trl_rlsd.run_record import METRICS_FILE, RECORD_FILE, read_metrics, read_record, settings_of, shareable
+from trl_rlsd.run_record import (
+    METRICS_FILE,
+    PREVIOUS_FILE,
+    RECORD_FILE,
+    read_metrics,
+    read_record,
+    settings_of,
+    shareable,
+)
 
 
 def test_a_run_says_what_it_was_and_every_log_is_a_line(tmp_path):
@@ -108,6 +116,40 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_a_new_one_all(tm
     assert ([line["step"] for line in lines if "reward" in line], torn) == ([1, 2, 3, 4], 0)
     trainer(tmp_path, max_steps=1).train()
     assert [line["step"] for line in read_metrics(tmp_path)[0] if "reward" in line] == [1]
+
+
+def test_what_was_logged_before_a_run_and_what_another_left_are_kept(tmp_path):
+    first = trainer(tmp_path, eval_dataset=dataset(3), per_device_eval_batch_size=4, max_steps=1)
+    first.evaluate()
+    first.train()
+    first.evaluate(dataset(2))
+    evaluations = [line for line in read_metrics(tmp_path)[0] if "eval_reward" in line]
+    assert [(line["step"], line["eval_rows"], line["eval_completions"]) for line in evaluations] == [
+        (0, 3, 12), (1, 2, 8)
+    ]  # fmt: skip
+    trainer(tmp_path, max_steps=2).train()
+    assert [line["step"] for line in read_metrics(tmp_path)[0] if "reward" in line] == [1, 2]
+    assert "eval_reward" in (tmp_path / PREVIOUS_FILE).read_text()
+
+
+def test_an_evaluation_says_which_dataset_and_whether_its_batches_were_even(tmp_path):
+    both = {"easy": dataset(3), "hard": dataset(2)}
+    own = trainer(tmp_path, eval_dataset=both, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=8)
+    own.train()
+    lines = [line for line in read_metrics(tmp_path)[0] if "eval_reward" in line]
+    assert [(line["eval_dataset"], line["eval_completions"], line["eval_even"]) for line in lines] == [
+        ("easy", 12, False), ("hard", 8, True)
+    ]  # fmt: skip
+    assert not any("eval_dataset" in line for line in read_metrics(tmp_path)[0] if "reward" in line)
+
+
+@pytest.mark.parametrize("name, told", [("openai/gsm8k", "openai/gsm8k"), ("data", None), ("/home/me/data", None)])
+def test_the_data_is_named_if_its_name_is_no_place(tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    own = trainer(tmp_path)
+    own.dataset_name = name
+    assert own.describe_run()["dataset"]["name"] == told
 
 
 def test_a_record_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):

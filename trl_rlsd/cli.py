@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Any
 
 from trl_rlsd import __version__
@@ -135,6 +136,9 @@ def _add_publish_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo-id", required=True, help="owner/name; the repository is made if there is none")
     parser.add_argument("--base-model", help="id of the base on the Hub, where the run has loaded it from a folder")
     parser.add_argument("--private", action="store_true", default=None, help="refuse a repository that is public")
+    parser.add_argument(
+        "--dataset", help="the run's data, as `trl-rlsd train` takes it: no file may hold a text of it"
+    )
     parser.add_argument("--license", help="of the model, for the card, e.g. apache-2.0")
     parser.add_argument("--revision", help="the branch, made if there is none [main]")
     parser.add_argument("--dry-run", action="store_true", help="check and list what would be uploaded; no network")
@@ -235,11 +239,15 @@ def _missing(command: str, modules: Sequence[str], extra: str) -> bool:
 def _quickstart(options: dict) -> int:
     if _missing("quickstart", ("reasoning_gym", "matplotlib"), "quickstart"):
         return 2
-    with _loading():
-        from trl_rlsd.quickstart import run
 
-    run(**options)
-    return 0
+    def start() -> int:
+        with _loading():
+            from trl_rlsd.quickstart import run
+
+        run(**options)
+        return 0
+
+    return _told("quickstart", start)
 
 
 def _report(options: dict) -> int:
@@ -262,20 +270,30 @@ def _publish(options: dict) -> int:
         with _loading():
             from trl_rlsd.hub import publish
 
-        dry_run = options.pop("dry_run")
-        print(publish(**options, dry_run=True), flush=True)
+        dry_run, source = options.pop("dry_run"), options.pop("dataset")
+        texts = _texts(source) if source else []
+        print(publish(**options, private_texts=texts, dry_run=True), flush=True)
         if not dry_run:
-            print(publish(**options))
+            print(publish(**options, private_texts=texts))
         return 0
 
     return _told("publish", run)
+
+
+def _texts(source: str) -> list[str]:
+    """All that stands in a dataset, as `trl-rlsd train` takes one by its name."""
+    from trl_rlsd.hub.rows import texts_of
+    from trl_rlsd.train import load_splits
+
+    sys.path.insert(0, os.getcwd())  # where the user's modules are
+    return [text for split in load_splits(source).values() for text in texts_of(split)]
 
 
 def _told(command: str, run: Callable[[], int]) -> int:
     """A command whose mistakes are told in a line: they are the user's, and name field, value and fix."""
     try:
         return run()
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"trl-rlsd {command}: {error}", file=sys.stderr)
         return 1
 
@@ -311,7 +329,10 @@ def _train(argv: list[str]) -> int:
     )
     launch = launcher_arguments(from_file + from_flags)
     script = _without(argv, from_flags)
-    launch_command(launch_command_parser().parse_args([*launch, "--module", "trl_rlsd.train", *script]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "--module", "trl_rlsd.train", *script]))
+    except CalledProcessError as error:  # the run has said why
+        return error.returncode
     return 0
 
 

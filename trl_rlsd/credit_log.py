@@ -6,12 +6,15 @@ micro-batch with its credit -> pictures of some of its rows -> at the step's end
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -46,18 +49,35 @@ class CreditLog(TrainerCallback):
         self.every = self.args.rlsd_log_credit_steps if writes else 0
         self.all: CreditPictures | None = None  # every row is taken while this is a list
         self._chosen: list[CreditPicture] = []
+        # of the generation batch in use
         self._teacher: TeacherPrompts | None = None
+        self._wrong: TeacherPrompts | None = None
         self._rewards: Sequence[Mapping[str, float]] = ()
 
     @property
     def is_on(self) -> bool:
         return self.every > 0 or self.all is not None
 
+    @contextmanager
+    def taking(self) -> Iterator[CreditPictures]:
+        """All rows that are met within the block, as pictures; what a run beside it goes on with is kept from it."""
+        kept = self._teacher, self._wrong, self._rewards
+        self.all = CreditPictures()
+        try:
+            yield self.all
+        finally:
+            self.all = None
+            self._teacher, self._wrong, self._rewards = kept
+
     def keep(
-        self, batch: Batch, teacher: TeacherPrompts | None, rewards: Sequence[Mapping[str, float]]
+        self,
+        batch: Batch,
+        teacher: TeacherPrompts | None,
+        wrong: TeacherPrompts | None,
+        rewards: Sequence[Mapping[str, float]],
     ) -> dict[str, torch.Tensor]:
         """A generation batch is there: keep its teacher prompts and rewards; returns what marks its rows."""
-        self._teacher, self._rewards = teacher, rewards
+        self._teacher, self._wrong, self._rewards = teacher, wrong, rewards
         ids = batch["completion_ids"]
         return {ROW: torch.arange(len(ids), device=ids.device)}
 
@@ -89,6 +109,9 @@ class CreditLog(TrainerCallback):
         for backend in _backends(args.report_to):
             backend.log({"rlsd/credit": backend.Html(chosen.html(title))})
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._chosen = []
+
     def pictures(
         self,
         step: int,
@@ -102,7 +125,10 @@ class CreditLog(TrainerCallback):
         mask, values = counted(batch), self._values(batch, student_logps)
         if credited.ndim == 1:
             credited = credited.unsqueeze(1).expand(mask.shape)
-        ends = lengths(batch["completion_mask"])
+        # a completion that is masked whole, because it was cut off, is shown all the same
+        ids = batch["completion_ids"]
+        whole = lengths((ids != self.tokenizer.pad_token_id).long())
+        ends = [end or other for end, other in zip(lengths(batch["completion_mask"]), whole, strict=True)]
         return [self._picture(row, step, batch, mask[row], values, credited[row], ends[row]) for row in rows]
 
     def _values(self, batch: Batch, student_logps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -133,6 +159,7 @@ class CreditLog(TrainerCallback):
             student_prompt=self.tokenizer.decode(batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]),
             credit=self.credit.credit.name,
             keeps_sign=self.credit.credit.keeps_sign,
+            evidence=self.credit.credit.evidence,
             step=step + 1,
             **self._of_row(batch, row),
             **self._knobs(batch["advantages"][row : row + 1], step),
@@ -144,9 +171,11 @@ class CreditLog(TrainerCallback):
         if place >= len(self._rewards):
             return {"teacher_prompt": None, "rewards": {}}
         scored = self._teacher is not None and "teacher_scored" in batch and bool(batch["teacher_scored"][row])
+        found = scored and self._wrong is not None and bool(batch["wrong_scored"][row])
         prompt = self.tokenizer.decode(self._teacher.ids[place]) if scored else None
+        wrong = self.tokenizer.decode(self._wrong.ids[place]) if found else None
         rewards = {name: None if isnan(value) else value for name, value in self._rewards[place].items()}
-        return {"teacher_prompt": prompt, "rewards": rewards}
+        return {"teacher_prompt": prompt, "wrong_prompt": wrong, "rewards": rewards}
 
     def _knobs(self, advantage: torch.Tensor, step: int) -> dict[str, Any]:
         peak = self.args.rlsd_lambda_negative if advantage.item() < 0 else None
@@ -165,6 +194,18 @@ def _token(text: str, credit: float, counts: bool, own: Mapping[str, Any]) -> To
 
 
 def _backends(report_to: Sequence[str]) -> list[Any]:
-    """What the run is logged to and can show a page: W&B where a run is open, trackio."""
+    """What the run is logged to and can show a page: W&B where a run is open, trackio where it is new enough."""
     modules = [import_module(name) for name in ("wandb", "trackio") if name in report_to]
-    return [module for module in modules if module.__name__ != "wandb" or module.run is not None]
+    return [m for m in modules if hasattr(m, "Html") and (m.__name__ != "wandb" or m.run is not None)]
+
+
+@contextmanager
+def randomness_kept() -> Iterator[None]:
+    """What is drawn within the block from torch, numpy or `random` changes nothing of what is drawn afterwards."""
+    state, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)
+        numpy.random.set_state(numpy_state)

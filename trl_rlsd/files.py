@@ -10,7 +10,7 @@ from pathlib import Path
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text, in the place of what was there; its folder is made if need be."""
-    replace_file(path, lambda staged: staged.write_text(text))
+    replace_file(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

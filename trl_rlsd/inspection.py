@@ -11,13 +11,15 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -63,10 +65,13 @@ def main(argv: Sequence[str]) -> int:
     with TemporaryDirectory() as scratch:
         script, args, model, look, rest = _parse(list(argv), scratch)
         launcher_arguments(rest)
+        adapter = model.model_name_or_path if _is_adapter(model.model_name_or_path) else None
+        build = partial(_trainer, script, args, model, adapter)
         if look.prompt is None:
-            pictures = of_rows(script, args, model, rows=look.rows, per_row=look.per_row)
+            pictures = of_rows(build, rows=look.rows, per_row=look.per_row)
         else:
-            pictures = of_completions(args, model, look.prompt, look.context, look.completion, look.verdict)
+            given = look.prompt, look.context, look.completion
+            pictures = of_completions(build, args, model, *given, verdict=look.verdict)
     if all(one.advantage == 0 for one in pictures):
         Console().print("All rewards of a row are equal, so that there is no credit to give: try other rows.")
     Console().print(rendered(pictures, prompts=look.show_prompts))
@@ -103,12 +108,40 @@ def _parse(argv: list[str], scratch: str) -> tuple:
     return parser.parse_args_and_config([*argv, *flags], return_remaining_strings=True)
 
 
-def of_rows(
-    script: RLSDScriptArguments, args: RLSDConfig, model: ModelConfig, *, rows: int, per_row: int
-) -> CreditPictures:
+def _is_adapter(path: str | None) -> bool:
+    return bool(path) and os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def _trainer(
+    script: RLSDScriptArguments, args: RLSDConfig, model: ModelConfig, adapter: str | None, **own
+) -> RLSDTrainer:
+    """The trainer of a config, or with `own` arguments in the place of its data and rewards; a folder with an adapter
+    stands for its base with that adapter."""
+    config = None
+    if adapter is not None:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode, model.model_name_or_path = False, config.base_model_name_or_path
+    if own:
+        trainer = RLSDTrainer(
+            model=model.model_name_or_path,
+            args=args,
+            teacher_model=script.teacher_model_name_or_path,
+            **model_arguments(args, model, config),
+            **own,
+        )
+    else:
+        trainer = build_trainer(script, args, model, evaluates=False, peft_config=config)
+    if adapter is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(adapter, device="cpu"))
+        if trainer.teacher is not None:
+            trainer.teacher.start(0)  # its copy is of the adapter as it was made
+    return trainer
+
+
+def of_rows(build: Callable[..., RLSDTrainer], *, rows: int, per_row: int) -> CreditPictures:
     """Completions of the dataset's first rows, sampled and rewarded here: of each row the best, the worst, and so on
     to `per_row`."""
-    trainer = build_trainer(script, args, model, evaluates=False)
+    trainer = build()
     pictures = CreditPictures()
     for row in tqdm(list(islice(trainer.train_dataset, rows)), desc="sampling", unit="row"):
         ranked = sorted(trainer.credit_pictures([row]), key=lambda one: -one.advantage)
@@ -118,7 +151,14 @@ def of_rows(
 
 
 def of_completions(
-    args: RLSDConfig, model: ModelConfig, prompt: str, context: str | None, completions: list[str] | None, verdict: str
+    build: Callable[..., RLSDTrainer],
+    args: RLSDConfig,
+    model: ModelConfig,
+    prompt: str,
+    context: str | None,
+    completions: list[str] | None,
+    *,
+    verdict: str,
 ) -> CreditPictures:
     """Given completions, as if they had been right, and as if wrong. `args` has groups of two, unscaled rewards.
 
@@ -129,14 +169,17 @@ def of_completions(
             raise ValueError(
                 f"--prompt needs --{name} too. To sample completions, give a dataset instead of a prompt."
             )
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    plain = tokenizer.chat_template is None
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
     row = {
-        "prompt": prompt if plain else [{"role": "user", "content": prompt}],
+        "prompt": prompt if tokenizer.chat_template is None else [{"role": "user", "content": prompt}],
         args.privileged_column: context,
     }
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in completions]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in completions]
     args.max_completion_length = max(map(len, ids))
+    args.reward_weights = None  # of the config's rewards
     left = iter(ids)
 
     def given(prompts, trainer):
@@ -146,14 +189,7 @@ def of_completions(
     def as_if(completions, **columns):
         return [1.0, -1.0]
 
-    trainer = RLSDTrainer(
-        model=model.model_name_or_path,
-        reward_funcs=as_if,
-        args=args,
-        train_dataset=Dataset.from_list([row]),
-        rollout_func=given,
-        **model_arguments(args, model),
-    )
+    trainer = build(reward_funcs=as_if, train_dataset=Dataset.from_list([row]), rollout_func=given)
     signs = {"right": (1,), "wrong": (-1,), "both": (1, -1)}[verdict]
     pictures = trainer.credit_pictures([row] * len(completions))
     return CreditPictures(one for one in pictures if any(one.advantage * sign > 0 for sign in signs))

@@ -27,6 +27,7 @@ class PrivilegedBatch:
     Attributes:
         prompts: those that the student reads, once they are known.
         contexts: of each row, None without any; None before they were read.
+        contrast: the prompts with wrong references, once `wrong` has made some.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], collator: PrivilegedPromptCollator, check: PromptCheck):
@@ -36,6 +37,7 @@ class PrivilegedBatch:
         self.images_by_tools = [False] * len(rows)
         self._late: list[Any] = [None] * len(rows)
         self._teacher: TeacherPrompts | None = None
+        self.contrast: TeacherPrompts | None = None
 
     def read(self, prompts: list, environments: Sequence[Any] | None) -> None:
         """The prompts are known, nothing is sampled yet. Raises: ValueError, TypeError, for what cannot be right."""
@@ -88,4 +90,5 @@ class PrivilegedBatch:
 
     def wrong(self, references: Sequence[Context | None]) -> TeacherPrompts:
         """The same prompts with wrong references."""
-        return self.check.late(references, self.prompts)
+        self.contrast = self.check.late(references, self.prompts)
+        return self.contrast

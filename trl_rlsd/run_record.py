@@ -30,6 +30,7 @@ from trl_rlsd.files import write_whole
 logger = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+PREVIOUS_FILE = "metrics.previous.jsonl"  # of a run that was in the folder before
 RECORD_FILE = "rlsd_run.json"
 FORMAT = 1
 
@@ -122,7 +123,9 @@ class RunRecorder(TrainerCallback):
     def __init__(self, folder: str, describe: Callable[[], dict[str, Any]]):
         self.folder = Path(folder)
         self.describe = describe
-        self._writes = False
+        self.evaluation: dict[str, Any] = {}  # while one goes on: what is evaluated
+        self._writes: bool | None = None  # None: no run has begun
+        self._early: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._writes = state.is_world_process_zero
@@ -130,21 +133,32 @@ class RunRecorder(TrainerCallback):
             self._guarded(self._begin, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.write(state.global_step, logs or {})
+        logs = logs or {}
+        self.write(
+            state.global_step, logs | (self.evaluation if any(name.startswith("eval_") for name in logs) else {})
+        )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._writes:
             self._guarded(self._write_record, state.global_step, True)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """A line of metrics.jsonl; what is logged before a run begins, such as an evaluation, waits for it."""
+        line = {"step": step, "time": time.time(), **values}
         if self._writes:
-            self._guarded(self._append, {"step": step, "time": time.time(), **values})
+            self._guarded(self._append, line)
+        elif self._writes is None:
+            self._early.append(line)
 
     def _begin(self, step: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / METRICS_FILE
         kept = [line for line in read_metrics(self.folder)[0] if line["step"] <= step] if step else []
-        write_whole(self.folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        if step == 0 and path.is_file():  # another run's, which has begun anew where it should have been resumed, say
+            path.replace(path.with_name(PREVIOUS_FILE))
+        kept += [{key: shareable(value) for key, value in line.items()} for line in self._early]
+        self._early = []
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._write_record(step, False)
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -178,10 +192,37 @@ def read_metrics(folder: str | Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_record(folder: str | Path) -> dict[str, Any] | None:
-    """What `rlsd_run.json` says, None where there is none or it is of another format."""
+    """What `rlsd_run.json` says, None where there is none, it is of another format, or a part is of a wrong type."""
     path = Path(folder) / RECORD_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    known = isinstance(record, dict) and record.get("format") == FORMAT and _has_types(record, _PARTS)
+    if not known or not _has_types(record.get("dataset") or {}, _DATASET):
+        return None
+    rewards = record.get("rewards") or []
+    return record if all(isinstance(own, dict) and own.keys() >= {"name", "weight"} for own in rewards) else None
+
+
+_PARTS = {
+    "base_model": str,
+    "model_class": str,
+    "peft": dict,
+    "credit": str,
+    "settings": dict,
+    "dataset": dict,
+    "rewards": list,
+    "eval_completions": int,
+    "versions": dict,
+    "device": str,
+    "processes": int,
+    "finished": bool,
+    "steps": int,
+}
+_DATASET = {"name": str, "rows": int, "columns": list, "eval_rows": int}
+
+
+def _has_types(values: Mapping[str, Any], types: Mapping[str, type]) -> bool:
+    """Whether those that are there are of these types, or null."""
+    return all(values.get(name) is None or isinstance(values[name], own) for name, own in types.items())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, IterableDataset, load_dataset
+from peft import PeftConfig
 from transformers import AutoTokenizer, TrainerCallback
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -211,11 +212,13 @@ def build_trainer(
     evaluates: bool,
     evaluation_rows: int | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    peft_config: PeftConfig | None = None,
 ) -> RLSDTrainer:
     """The trainer that a config file describes.
 
     Args:
         evaluates: whether it needs the test split; `evaluation_rows` takes that many of its first rows.
+        peft_config: in the place of the one that the fields describe.
 
     Raises: ValueError, naming the field.
     """
@@ -237,7 +240,7 @@ def build_trainer(
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        **model_arguments(args, model),
+        **model_arguments(args, model, peft_config),
         teacher_model=script.teacher_model_name_or_path,
         **_tools(script),
         callbacks=[*(callbacks or []), *([_curriculum(script.curriculum)] if script.curriculum else [])],
@@ -258,7 +261,7 @@ def rewards_of(script: RLSDScriptArguments) -> list[Callable]:
     return [get_reward(name, options.get(name)) for name in names]
 
 
-def model_arguments(args: RLSDConfig, model: ModelConfig) -> dict[str, Any]:
+def model_arguments(args: RLSDConfig, model: ModelConfig, peft_config: PeftConfig | None = None) -> dict[str, Any]:
     """What TRL's ModelConfig says, as arguments of the trainer; how the model is loaded goes into `args`."""
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -266,7 +269,8 @@ def model_arguments(args: RLSDConfig, model: ModelConfig) -> dict[str, Any]:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    return {"quantization_config": get_quantization_config(model), "peft_config": get_peft_config(model)}
+    peft_config = peft_config or get_peft_config(model)
+    return {"quantization_config": get_quantization_config(model), "peft_config": peft_config}
 
 
 def _tools(script: RLSDScriptArguments) -> dict:

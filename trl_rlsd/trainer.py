@@ -38,7 +38,7 @@ from trl_rlsd.collator import PrivilegedPromptCollator, text_of, tools_text
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.context import ENVIRONMENT_METHOD, Context, gives_context
 from trl_rlsd.contrast import is_wrong, references_of, right_metric, wrong_references
-from trl_rlsd.credit_log import CreditLog
+from trl_rlsd.credit_log import CreditLog, randomness_kept
 from trl_rlsd.external import external_teacher
 from trl_rlsd.images import (
     RowImages,
@@ -327,7 +327,8 @@ class RLSDTrainer(PublishingTrainer):
                 self._credit_metrics.add({"skipped": (len(inputs), len(inputs))})
             if self._credit_log.is_on:
                 teacher = self._privileged.teacher if self._wanted else None
-                batch |= self._credit_log.keep(batch, teacher, self._own_rewards(len(inputs)))
+                wrong = self._privileged.contrast if self._wanted else None
+                batch |= self._credit_log.keep(batch, teacher, wrong, self._own_rewards(len(inputs)))
         finally:
             self._privileged = self._verdicts = None
         return batch
@@ -450,28 +451,30 @@ class RLSDTrainer(PublishingTrainer):
         logs.update({f"{prefix}rlsd/{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
-    def credit_pictures(self, rows: Iterable[dict[str, Any]]) -> CreditPictures:
+    def credit_pictures(self, rows: Iterable[dict[str, Any]], step: int | None = None) -> CreditPictures:
         """See the credit before anything is trained: `num_generations` completions of each dataset row are sampled,
-        rewarded and scored as in the current step of training. Nothing is updated, no metric counts them, and a run
-        that follows is the same as without. Takes a forward's memory for a whole group. Every process calls this, with
-        as many rows, and has its own pictures.
+        rewarded and scored as in training, with the lambda of `step`, by default the current one (0 after a long run).
+        Nothing is updated, no metric counts them, and torch, numpy and `random` draw afterwards what they would have
+        drawn; environments and vLLM's sampler have states of their own. Takes a forward's memory for a whole group.
+        Every process calls this, with as many rows, and has its own pictures.
 
         ```python
         trainer.credit_pictures(dataset.select(range(2))).save("credit.html")
         ```
         """
-        kept = {name: getattr(self, name) for name in ("_metrics", "_logs", "_credit_metrics", "state", "_span")}
-        self.__dict__.update(copy.deepcopy(kept))
-        training, self.current_gradient_accumulation_steps = self.model.training, 1
-        taken = self._credit_log.all = CreditPictures()
+        names = ("_metrics", "_logs", "_credit_metrics", "state", "_span", "current_gradient_accumulation_steps")
+        kept = {name: self.__dict__[name] for name in names if name in self.__dict__}
+        training = self.model.training
         try:
-            with torch.random.fork_rng(), torch.no_grad():
+            self.__dict__.update(copy.deepcopy(kept))
+            self.current_gradient_accumulation_steps = 1
+            self.state.global_step = self.state.global_step if step is None else step
+            with randomness_kept(), torch.no_grad(), self._credit_log.taking() as taken:
                 for row in rows:
                     self.model.train()
                     batch = self._generate_and_score_completions([dict(row) for _ in range(self.num_generations)])
                     self._compute_loss(self.model, batch)
         finally:
             self.__dict__.update(kept)
-            self._credit_log.all = None
             self.model.train(training)
         return taken

@@ -47,17 +47,23 @@ def credit_page(pictures: Sequence[CreditPicture], title: str = "Token credit") 
     Colours are relative to the largest value of the page. Text is escaped; the page's policy lets no script run but
     its own, and nothing be loaded.
     """
-    template, script = _template()
+    (template, script), scales = _template(), _scales(pictures)
+    weighed = [picture for picture in pictures if any(token.weight is not None for token in picture.tokens)]
+    evidence = {picture.evidence for picture in weighed if picture.evidence is not None}
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
         title=visible(title),
-        pictures=[_view(picture, _scales(pictures)) for picture in pictures],
+        pictures=[_view(picture, scales) for picture in pictures],
         script=script,
         digest=digest,
         additive=any(not picture.keeps_sign for picture in pictures),
-        weights=any(token.weight is not None for picture in pictures for token in picture.tokens),
+        evidence=[_EVIDENCE[name] for name in sorted(evidence)],
         clip_range=next((picture.clip_range for picture in pictures if picture.clip_range is not None), None),
     )
+
+
+# what a weight is taken of
+_EVIDENCE = {"gain": "gain", "reversed": "minus the gain", "contrast": "contrast"}
 
 
 @cache
@@ -104,6 +110,7 @@ def _view(picture: CreditPicture, scales: dict[str, float]) -> dict[str, Any]:
         ],
         "student": visible(collapse(picture.student_prompt)),
         "teacher": None if teacher is None else [visible(collapse(t)) for t in _cut(teacher, start, end)],
+        "wrong": None if picture.wrong_prompt is None else visible(collapse(picture.wrong_prompt)),
         "most": _span(picture, picture.most),
         "least": _span(picture, picture.least),
         "clipped": [sum(token.clip == side for token in picture.tokens) for side in ("low", "high")],

@@ -52,7 +52,9 @@ class CreditPicture:
         tokens: in their order, without padding.
         advantage: A, the group-normalised reward.
         student_prompt, teacher_prompt: exactly as they were read, special tokens included; the teacher's is None where
-            it read nothing of this row.
+            it read nothing of this row, or its prompt is not kept. `wrong_prompt`: of a contrast, the one with a wrong
+            reference.
+        evidence: what the weight is taken of: the "gain", it "reversed", the "contrast" of two references, or None.
         rewards: by the reward function's name; None where one gave no verdict.
         credit: the credit function's name. `keeps_sign`: whether its credit has the sign of A or is 0.
         lam, clip_range: lambda and eps_w in force for this row; None where the credit function has none.
@@ -69,6 +71,18 @@ class CreditPicture:
     lam: float | None = None
     clip_range: float | None = None
     step: int = 0
+    wrong_prompt: str | None = None
+    evidence: str | None = "gain"
+
+    @property
+    def scored(self) -> bool:
+        """Whether the teacher has said anything of it."""
+        return any(token.gain is not None for token in self.tokens)
+
+    @property
+    def counting(self) -> bool:
+        """Whether the loss counts any of its tokens."""
+        return any(token.counts for token in self.tokens)
 
     @property
     def excess(self) -> list[float | None]:
