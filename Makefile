@@ -20,13 +20,17 @@ test: $(INSTALLED) sandbox
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # bubblewrap is what code_reward runs programs in; ip makes the network between two "hosts"; pages are opened in
-# chromium. Tests that need them are skipped where they are missing, and say so.
-SYSTEM := bubblewrap iproute2 chromium
-
+# chromium. Tests that need them are skipped where they are missing, and say so. Each is installed by itself: one that
+# a distribution does not have (Ubuntu's chromium is a snap) keeps no other out.
 sandbox:
-	@{ command -v bwrap && command -v ip && command -v chromium; } > /dev/null || { test "$$(id -u)" = 0 \
-		&& command -v apt-get > /dev/null && apt-get update -qq && apt-get install -qq --yes $(SYSTEM) > /dev/null; } \
-		|| echo "Some tests will be skipped; for all of them: sudo apt-get install $(SYSTEM)"
+	@has() { for name; do command -v "$$name" > /dev/null && return; done; false; }; \
+	install() { apt-get install -qq --yes "$$1" > /dev/null; }; \
+	get() { test "$$(id -u)" = 0 && has apt-get && { install "$$1" 2> /dev/null \
+		|| { $${updated-apt-get update -qq}; updated=:; install "$$1"; }; }; }; \
+	has bwrap || get bubblewrap || lacking="$$lacking bubblewrap"; \
+	has ip || get iproute2 || lacking="$$lacking iproute2"; \
+	has chromium chromium-browser google-chrome || get chromium || lacking="$$lacking chromium"; \
+	test -z "$$lacking" || echo "Some tests will be skipped; for all of them install:$$lacking"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -161,9 +161,10 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def chromium():
-    """Debian's Chromium, driven by playwright; tests of pages are skipped without."""
+    """A Chromium of the system's, driven by playwright; tests of pages are skipped without."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    path = shutil.which("chromium")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
     with api.sync_playwright() as playwright:

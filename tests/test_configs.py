@@ -175,6 +175,29 @@ def test_every_key_is_a_field_or_the_launchers(config):
     launcher_arguments(from_file)
 
 
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
+def test_a_recipe_with_lora_has_no_dropout_that_the_teacher_lacks(config):
+    lines = yaml.safe_load(config.read_text())
+    assert lines.get("lora_dropout") == (0.0 if lines.get("use_peft") else None)
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
+def test_qwen3_thinks_only_where_there_are_tokens_for_it_and_the_recipe_says_so(config):
+    lines = yaml.safe_load(config.read_text())
+    thinks = re.search(r"/Qwen3-[\d.]+B$", lines["model_name_or_path"])
+    told = "enable_thinking: false" in config.read_text()
+    assert told == bool(thinks)
+    off = (lines.get("chat_template_kwargs") or {}).get("enable_thinking") is False
+    assert off == bool(thinks and lines["max_completion_length"] < 2048)
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
+def test_vllm_on_the_same_gpus_has_a_longest_sequence_that_holds_a_completion(config):
+    lines = yaml.safe_load(config.read_text())
+    if lines.get("use_vllm"):
+        assert lines["vllm_max_model_length"] >= 2 * lines["max_completion_length"]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_a_config_trains(project, config, capfd, monkeypatch):
     if "code_reward" in config.read_text() and not shutil.which("bwrap"):

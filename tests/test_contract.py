@@ -67,7 +67,6 @@ SUBMODULES = [
     "transformers.trainer_utils.HubStrategy",
     "transformers.utils.ModelOutput",
     "transformers.utils.PushInProgress",
-    "datasets.exceptions.DatasetsError",
     "trl.cli.accelerate_config.resolve_accelerate_config_argument",
     "trl.data_utils.is_conversational",
     "trl.kernels.ChunkedLogProbFunction",

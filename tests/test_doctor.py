@@ -19,7 +19,7 @@ from trl import ModelConfig
 
 from trl_rlsd.doctor import ACCURACY, doctor, machine
 from trl_rlsd.doctor.estimate import architecture_of, empty_model, launch_options, sizes_of
-from trl_rlsd.memory import CPU_PROCESS, Architecture, Setup, Sizes, peak, phases, resident, room
+from trl_rlsd.memory import CPU_PROCESS, Architecture, Setup, Sizes, engine, peak, phases, resident, room
 from trl_rlsd.rewards.sandbox import Bubblewrap
 from trl_rlsd.train import launcher_arguments
 
@@ -37,6 +37,21 @@ BIG = {
 }  # fmt: skip
 
 
+MINE = """
+from datasets import Dataset, IterableDataset
+def reward(completions, **columns):
+    return [0.0] * len(completions)
+def missing_key():
+    return {}["of mine"]
+def fails():
+    assert False, "boo"
+def no_rows():
+    return Dataset.from_dict({"prompt": [], "privileged_context": []})
+def empty_stream():
+    return IterableDataset.from_generator(lambda: iter([]))
+"""
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A recipe that is right; the folder of its model holds no weights."""
@@ -44,7 +59,8 @@ def project(tmp_path, monkeypatch):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": f"{i} + {i} = ?", "privileged_context": f"the answer is {2 * i}"} for i in range(8)]
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    (tmp_path / "mine.py").write_text("def reward(completions, **columns):\n    return [0.0] * len(completions)\n")
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("{}['k']\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
@@ -176,6 +192,14 @@ def test_a_missing_column_is_an_error_and_the_rest_is_examined_all_the_same(told
         ({"reward_options": {"math_reward": {}}}, "rewards", "which is not in reward_funcs"),
         ({"use_peft": True, "lora_target_modules": "nothing"}, "memory", "Target modules"),
         ({"max_completion_length": 500}, "prompts", "more than the model's 512 positions"),
+        ({"dtype": "float64"}, "memory", "dtype='float64' is not supported. Give one of float32"),
+        ({"teacher_model_kind": "external"}, "teacher", "In a recipe teacher_model is teacher_model_name_or_path"),
+        ({"teacher_model_name_or_path": "model"}, "teacher", "Set teacher_model_kind='external'"),
+        ({"dataset_name": "none.jsonl"}, "dataset", "none.jsonl"),
+        ({"dataset_name": ["a", "b"]}, "dataset", "AttributeError: 'list' object"),
+        ({"dataset_name": "mine.missing_key"}, "dataset", "KeyError: 'of mine'"),
+        ({"dataset_name": "mine.fails"}, "dataset", "AssertionError: boo"),
+        ({"reward_funcs": ["broken.reward"]}, "rewards", "KeyError: 'k'"),
     ],
 )
 def test_what_is_wrong_is_told_and_no_traceback(told, changed, subject, text):
@@ -187,9 +211,114 @@ def test_what_is_wrong_is_told_and_no_traceback(told, changed, subject, text):
 def test_a_config_that_is_not_there_or_no_yaml_is_told(project, capsys):
     assert doctor(["--config", "none.yaml", "--json"]) == 1
     assert "none.yaml" in lines_of(json.loads(capsys.readouterr().out), "config")[0][1]
+    assert doctor(["--json", "--config"]) == 1
+    assert "--config names no file" in lines_of(json.loads(capsys.readouterr().out), "config")[0][1]
     (project / "bad.yaml").write_text("a: [1\nb: 2")
     assert doctor(["--config", "bad.yaml", "--json"]) == 1
     assert "ParserError" in lines_of(json.loads(capsys.readouterr().out), "config")[0][1]
+
+
+ROW = {"privileged_context": "c"}
+
+
+@pytest.mark.parametrize(
+    "rows, subject, text",
+    [
+        ([], "dataset", "dataset_name='rows.jsonl' has no rows"),
+        ([{"prompt": None, **ROW}], "prompts", "prompt=None of row 0 is empty"),
+        ([{"prompt": [], **ROW}], "prompts", "prompt=[] of row 0 is empty"),
+        ([{"prompt": "a", **ROW}, {"prompt": "", **ROW}], "prompts", "prompt='' of row 1 is empty"),
+        ([{"prompt": [{"role": "user"}], **ROW}], "prompts", "A message of the prompt of row 0 has no content"),
+        ([{"question": "a", **ROW}], "prompts", "no column 'prompt'; its columns are question, privileged_context"),
+    ],
+)
+def test_rows_without_a_prompt_to_read_are_told(told, project, rows, subject, text):
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, said = told()
+    assert (status, errors(said)) == (1, [subject])
+    assert any(text in line for _, line in lines_of(said, subject))
+
+
+@pytest.mark.parametrize("name", ["no_rows", "empty_stream"])
+def test_a_function_that_gives_no_rows_is_told(told, name):
+    status, said = told(dataset_name=f"mine.{name}")
+    assert (status, errors(said)) == (1, ["prompts"])
+    assert lines_of(said, "prompts") == [("ERROR", "The dataset has no rows.")]
+
+
+@pytest.mark.parametrize(
+    "changed, package, command",
+    [
+        ({"use_vllm": True}, "vllm", "pip install 'trl[vllm]'"),
+        ({"use_liger_loss": True}, "liger-kernel", "pip install 'trl-rlsd[liger]'"),
+        ({"load_in_4bit": True, "use_peft": True}, "bitsandbytes", "pip install 'trl-rlsd[quantization]'"),
+        ({"optim": "paged_adamw_8bit"}, "bitsandbytes", "pip install 'trl-rlsd[quantization]'"),
+        ({"report_to": ["trackio"]}, "trackio", "pip install trackio"),
+    ],
+)
+def test_what_a_recipe_uses_and_is_not_installed_is_an_error(told, monkeypatch, changed, package, command):
+    true_version = metadata.version
+    here = True
+
+    def version(name):
+        if name == package and not here:
+            raise metadata.PackageNotFoundError(name)
+        return "9" if name == package else true_version(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert lines_of(told(**changed)[1], package) == []
+    here = False
+    status, said = told(**changed)
+    assert (status, errors(said)) == (1, [package])
+    ((_, text),) = lines_of(said, package)
+    assert f"{next(iter(changed))}" in text
+    assert text.endswith(command)
+
+
+def test_code_of_a_models_own_is_run_where_it_is_trusted(told, project, monkeypatch):
+    """And nobody is asked at the terminal."""
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked"))
+    (project / "model/own_config.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (project / "model/own_model.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .own_config import OwnConfig\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    path = project / "model/config.json"
+    own = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    content = {**json.loads(path.read_text()), "model_type": "own", "architectures": ["OwnModel"], "auto_map": own}
+    path.write_text(json.dumps(content))
+    status, said = told(trust_remote_code=True)
+    assert (status, errors(said)) == (0, [])
+    assert said["memory"]["parameters"] > 0
+    status, said = told()
+    assert (status, "model" in errors(said)) == (1, True)
+    assert "trust_remote_code=True" in lines_of(said, "model")[0][1]
+
+
+def test_a_dataset_that_cannot_be_fetched_is_no_error_of_the_recipe(told):
+    status, said = told(dataset_name="nobody/no-rows")
+    assert (status, errors(said)) == (0, [])
+    ((level, text),) = lines_of(said, "dataset")
+    assert level == "WARNING"
+    assert "'nobody/no-rows' cannot be read from here" in text
+
+
+def test_a_tokenizer_that_documents_are_cut_with_may_be_out_of_reach_too(told, project):
+    (project / "a.md").write_text("a")
+    options = {"documents": {"files": ["a.md"], "budget": 9}, "columns": {"prompt": "prompt"}}
+    status, said = told(model_name_or_path="nobody/no-model", dataset_options=options)
+    assert (status, errors(said)) == (0, [])
+    assert lines_of(said, "dataset")[0][0] == "WARNING"
+
+
+def test_a_teacher_that_cannot_be_fetched_is_no_error_of_the_recipe_but_the_memory_is_not_known(told):
+    status, said = told(teacher_model_kind="external", teacher_model_name_or_path="nobody/no-model")
+    assert (status, errors(said), said["memory"]) == (0, [], None)
+    ((level, text),) = lines_of(said, "teacher")
+    assert level == "WARNING"
+    assert "'nobody/no-model' is not here and cannot be fetched" in text
 
 
 def test_a_model_that_cannot_be_fetched_is_no_error_of_the_recipe_but_its_memory_is_not_known(told):
@@ -335,6 +464,29 @@ def test_what_vllm_takes_of_a_gpu_is_not_there_for_the_rest():
     assert room(80e9, replace(SETUP, engine=0.3)) == pytest.approx(0.65 * 80e9, rel=1e-9)
     assert "generation" in phases(LORA, SETUP, gpu=True)
     assert phases(LORA, replace(SETUP, engine=0.3), gpu=True)["generation"] == {}
+
+
+def test_vllm_needs_the_weights_and_the_cache_of_its_longest_sequence():
+    weights, token = 2 * ARCH.parameters, 2 * ARCH.cache
+    assert engine(FULL, SETUP, 8192) == pytest.approx(weights + 8192 * token, rel=1e-9)
+    four_bits = replace(SETUP, linear=0.5)
+    assert engine(LORA, four_bits, 0) == pytest.approx(weights - 1.5 * ARCH.blocks, rel=1e-9)
+
+
+def test_vllm_without_a_longest_sequence_is_warned_of_and_may_not_start(told, project):
+    long = {"max_position_embeddings": 1_000_000, "num_hidden_layers": 32, "hidden_size": 4096}
+    LlamaConfig(**tiny_text(258, **long), architectures=["LlamaForCausalLM"]).save_pretrained(project / "model")
+    colocated = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.5}
+    colocated |= {"use_cpu": None, "bf16": None, "use_peft": True, "dtype": "bfloat16"}
+    verdicts = {}
+    for length in (None, 64):
+        _, said = told(**colocated, vllm_max_model_length=length)
+        warned = [text for level, text in lines_of(said, "vLLM") if level == "WARNING"]
+        assert len(warned) == (length is None)
+        assert all("vllm_max_model_length is not set" in text and "1000000 positions" in text for text in warned)
+        verdicts[length] = {row["device"]: row["verdict"] for row in said["memory"]["devices"]}["80 GB"]
+    assert verdicts == {None: "vLLM may not start", 64: "fits"}
+    assert lines_of(told(**{**colocated, "vllm_mode": "server"})[1], "vLLM") == []
 
 
 @pytest.mark.parametrize(

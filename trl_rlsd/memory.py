@@ -220,6 +220,13 @@ def peak(sizes: Sizes, setup: Setup, *, gpu: bool) -> tuple[float, str]:
     return lasting + taken[phase], phase
 
 
+def engine(sizes: Sizes, setup: Setup, length: int) -> float:
+    """Bytes without which vLLM does not start: the weights in 16 bits or as they are quantised, and the cache of one
+    sequence of `length` tokens. Its activations are not in it."""
+    linear = min(2, setup.linear) * sizes.linear
+    return linear + 2 * (sizes.parameters - sizes.linear) + 2 * sizes.architecture.cache * length
+
+
 def room(memory: float, setup: Setup) -> float:
     """Bytes of a GPU that are left beside vLLM's engine, and not lost to fragments (5 %)."""
     return memory * (0.95 - (setup.engine or 0))

@@ -60,7 +60,7 @@ class PublishingTrainer(ResumableTrainer):
             }"""),
     }
 
-    _background = HfApi()  # whose single thread keeps pushes in their order
+    uploads = HfApi()  # whose single thread keeps pushes in their order
     push_in_progress: PushInProgress | None  # transformers', set here
     dataset_name: str | None = None  # the data's id on the Hub, for the record and the card
 
@@ -159,7 +159,7 @@ class PublishingTrainer(ResumableTrainer):
             commit_message=commit_message or "Upload model trained with RLSD",
             **card,
         )
-        return publish() if blocking else self._background.run_as_future(publish)
+        return publish() if blocking else self.uploads.run_as_future(publish)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # transformers 5.23: called after a save where push_to_hub is on; the run goes on meanwhile, and afterwards
@@ -184,7 +184,7 @@ class PublishingTrainer(ResumableTrainer):
             except (OSError, RuntimeError, ValueError) as error:
                 logger.warning(f"{checkpoint_folder} was not published, the run goes on: {error}")
 
-        self.push_in_progress = PushInProgress([self._background.run_as_future(publish_or_warn)])
+        self.push_in_progress = PushInProgress([self.uploads.run_as_future(publish_or_warn)])
 
     def _staged(self, folder: str) -> TemporaryDirectory:
         """The files of this model in a folder of their own, with the name of the one that they come from. An

@@ -30,7 +30,10 @@ def empty_model(path: str, revision: str | None = None, trust_remote_code: bool 
     config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     made = getattr(transformers, (config.architectures or [""])[0], None)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config) if made is None else made(config)
+        if made is None:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = made(config)
     model.tie_weights()  # which a model on the meta device is not
     return model
 
@@ -87,7 +90,9 @@ def setup_of(
     """
     dtype = (args.model_init_kwargs or {}).get("dtype", fields.dtype)
     dtype = str(own_dtype or "float32") if dtype in ("auto", None) else str(dtype)
-    weights = BYTES[dtype.removeprefix("torch.")]
+    weights = BYTES.get(dtype.removeprefix("torch."))
+    if weights is None:
+        raise ValueError(f"dtype={dtype!r} is not supported. Give one of {', '.join(BYTES)}, auto.")
     quantized = fields.load_in_4bit or fields.load_in_8bit
     bits = (NESTED if fields.use_bnb_nested_quant else FOUR_BITS) if fields.load_in_4bit else 1
     # PEFT lifts adapters to float32; TRL 1.16 lowers those on a quantised base to bfloat16, which fp16 does not bear

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import os
 import platform
+import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from typing import Any
 import psutil
 import torch
 from packaging.requirements import Requirement
+from trl import ModelConfig
 
+from trl_rlsd.config import RLSDConfig
 from trl_rlsd.doctor.finding import ERROR, OK, WARNING, Finding
 from trl_rlsd.rewards.sandbox import Bubblewrap
 
@@ -32,6 +35,10 @@ PURPOSES = {
     "lab": "trl-rlsd compare",
 }
 _NOT_A_USERS = ("dev",)
+# values of report_to that are the names of their packages
+TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow", "swanlab", "clearml")
+# Transformers' optimizers that come from it
+_BITSANDBYTES = re.compile(r"^(adamw|lion)_8bit|bnb|paged|ademamix")
 
 
 def examine_machine() -> list[Finding]:
@@ -93,6 +100,25 @@ def _extras(requirements: list[Requirement]) -> Iterator[Finding]:
             yield Finding(OK, subject, f"not installed: {', '.join(missing)}{use}: {install}")
         else:
             yield Finding(OK, subject, ", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def lacking(args: RLSDConfig, model: ModelConfig) -> list[Finding]:
+    """The packages that a recipe's fields ask for and that are not installed."""
+    liger, bits = (f"pip install '{PACKAGE}[{extra}]'" for extra in ("liger", "quantization"))
+    asked = [
+        (args.use_vllm, "use_vllm", "vllm", "pip install 'trl[vllm]'"),
+        (args.use_liger_loss, "use_liger_loss", "liger-kernel", liger),
+        (args.use_liger_kernel, "use_liger_kernel", "liger-kernel", liger),
+        (model.load_in_4bit, "load_in_4bit", "bitsandbytes", bits),
+        (model.load_in_8bit, "load_in_8bit", "bitsandbytes", bits),
+        (_BITSANDBYTES.search(args.optim), f"optim={args.optim.value!r}", "bitsandbytes", bits),
+        *((name in args.report_to, f"report_to={name!r}", name, f"pip install {name}") for name in TRACKERS),
+    ]
+    return [
+        Finding(ERROR, package, f"not installed, {field} needs it: {command}")
+        for wanted, field, package, command in asked
+        if wanted and _version(package) is None
+    ]
 
 
 def _sandbox() -> Finding:

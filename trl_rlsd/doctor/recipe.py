@@ -13,11 +13,8 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
-from datasets.exceptions import DatasetsError
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 from trl.data_utils import is_conversational
@@ -27,20 +24,18 @@ from trl_rlsd.collator import PrivilegedPromptCollator
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.doctor.estimate import USUAL, empty_model, launch_options, setup_of, sizes_of
 from trl_rlsd.doctor.finding import ERROR, OK, WARNING, Finding
-from trl_rlsd.doctor.machine import has_bf16
+from trl_rlsd.doctor.machine import has_bf16, lacking
 from trl_rlsd.images import prompt_with_images
-from trl_rlsd.memory import Setup, peak, phases, resident, room
+from trl_rlsd.memory import Setup, Sizes, engine, peak, phases, resident, room
 from trl_rlsd.prompt_check import PromptCheck
 from trl_rlsd.token_credit import TokenCredit
 from trl_rlsd.train import RLSDScriptArguments, launcher_arguments, make_parser, rewards_of, rows_of
 
 
-# what reading a config, files, a dataset, a template or a module of the user's raises when they are wrong
-MISTAKES = (
-    ValueError, TypeError, OSError, ImportError, RuntimeError, yaml.YAMLError, DatasetsError, TemplateError,
-)  # fmt: skip
 # of what an estimate may miss: above it, a run that should fit may not
 TIGHT = 0.85
+NO_ENGINE = "vLLM may not start"
+ENGINE_FIX = "Raise vllm_gpu_memory_utilization, or lower vllm_max_model_length"
 STREAM_ROWS = 64  # that are looked at
 # without which a config is not that of a decoder like Llama
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -57,7 +52,7 @@ class Examined:
         """What is wrong becomes a line; what does not depend on it is examined all the same."""
         try:
             yield
-        except MISTAKES as error:
+        except Exception as error:  # the datasets, rewards and model code are the user's: they may raise anything
             said = str(error) if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: {error}"
             self.findings.append(Finding(ERROR, subject, said))
 
@@ -85,14 +80,16 @@ def examine_recipe(argv: list[str]) -> Examined:
     done.say(OK, "config", f"processes: {recipe.launch['num_processes']}, credit: {recipe.args.credit}")
     if recipe.args.bf16 and not recipe.elsewhere and not all(map(has_bf16, _gpus())):
         done.say(WARNING, "config", "bf16 is emulated on this GPU, and slow: fp16: true, dtype: float16")
+    done.findings += lacking(recipe.args, recipe.model)
+    with done.step("teacher"):
+        check_teacher(recipe)
     with done.step("dataset"):
-        dataset = rows_of(recipe.script, recipe.model)
-        done.say(OK, "dataset", f"{_count(dataset)}columns {', '.join(dataset.column_names or ['unknown'])}")
+        dataset = _rows(recipe, done)
     with done.step("rewards"):
         checks.check_rewards(rewards_of(recipe.script), dataset)
         done.say(OK, "rewards", ", ".join(recipe.script.reward_funcs or ()) or "the environment's own")
     with done.step("model"):
-        model = _fetched(recipe, done)
+        model = _fetched("model", recipe.model.model_name_or_path, recipe, done, recipe.model.model_revision)
     prompts = None
     with done.step("prompts"):
         prompts = render(recipe, dataset, model, done)
@@ -102,14 +99,32 @@ def examine_recipe(argv: list[str]) -> Examined:
     return done
 
 
-def _fetched(recipe: Recipe, done: Examined) -> PreTrainedModel | None:
-    """The model without weights; None where even its config is out of reach, which is no fault of the recipe."""
-    path = recipe.model.model_name_or_path
+def _fetched(
+    subject: str, path: str, recipe: Recipe, done: Examined, revision: str | None = None
+) -> PreTrainedModel | None:
+    """A model without weights; None where even its config is out of reach, which is no fault of the recipe."""
     try:
-        return empty_model(path, recipe.model.model_revision, recipe.args.trust_remote_code)
+        return empty_model(path, revision, recipe.args.trust_remote_code)
     except OSError as error:
-        done.say(WARNING, "model", f"{path!r} is not here and cannot be fetched: what it takes is not known. {error}")
+        done.say(WARNING, subject, f"{path!r} is not here and cannot be fetched: what it takes is not known. {error}")
         return None
+
+
+def _rows(recipe: Recipe, done: Examined) -> Any:
+    """The dataset; None where the Hub is out of reach, which is no fault of the recipe."""
+    name = recipe.script.dataset_name
+    try:
+        dataset = rows_of(recipe.script, recipe.model)
+    except StopIteration as error:  # datasets 5.2: of a file without a line
+        raise ValueError(f"dataset_name={name!r} has no rows.") from error
+    except OSError as error:
+        # Transformers raises a plain OSError where a tokenizer cannot be fetched; a file that is missing is a mistake
+        if not isinstance(error, ConnectionError) and type(error) is not OSError:
+            raise
+        done.say(WARNING, "dataset", f"{name!r} cannot be read from here: its rows are not known. {error}")
+        return None
+    done.say(OK, "dataset", f"{_count(dataset)}columns {', '.join(dataset.column_names or ['unknown'])}")
+    return dataset
 
 
 # ------------------------------------------------------------------ config
@@ -117,6 +132,8 @@ def _fetched(recipe: Recipe, done: Examined) -> PreTrainedModel | None:
 
 def read(argv: list[str], done: Examined) -> Recipe:
     """The fields, as `trl-rlsd train` reads them. Raises: ValueError and others, with the fields' own messages."""
+    if argv[-1] == "--config":
+        raise ValueError("--config names no file. Give one: --config FILE.")
     parser = make_parser(prog="trl-rlsd doctor", launches=True)
     said = io.StringIO()
     try:
@@ -145,7 +162,33 @@ def read(argv: list[str], done: Examined) -> Recipe:
     return Recipe(script, RLSDConfig(**own), model, launch, elsewhere)
 
 
+def check_teacher(recipe: Recipe) -> None:
+    """As the trainer has it. Raises: ValueError."""
+    path, used = recipe.script.teacher_model_name_or_path, TokenCredit(recipe.args).uses_teacher
+    try:
+        checks.check_teacher_model(recipe.args.teacher_model_kind, path, used)
+    except ValueError as error:
+        raise ValueError(f"{error} In a recipe teacher_model is teacher_model_name_or_path.") from error
+
+
 # ------------------------------------------------------------------ prompts
+
+
+def check_prompts(rows: Dataset) -> None:
+    """Of the first rows. Raises: ValueError where there are none, or one has nothing that a student could read."""
+    if not len(rows):
+        raise ValueError("The dataset has no rows.")
+    if "prompt" not in rows.column_names:
+        raise ValueError(
+            f"The dataset has no column 'prompt'; its columns are {', '.join(rows.column_names)}. Rename one, or name "
+            "it in dataset_options: {columns: {prompt: ...}}."
+        )
+    for index, prompt in enumerate(rows[:STREAM_ROWS]["prompt"]):
+        if not prompt:
+            raise ValueError(f"prompt={prompt!r} of row {index} is empty. Give text or messages, or drop the row.")
+        for message in prompt if isinstance(prompt, list) else ():
+            if message.get("content") is None and not message.get("tool_calls"):
+                raise ValueError(f"A message of the prompt of row {index} has no content: {message}.")
 
 
 def render(recipe: Recipe, dataset: Any, model: PreTrainedModel | None, done: Examined) -> tuple[int, int] | None:
@@ -171,6 +214,7 @@ def render(recipe: Recipe, dataset: Any, model: PreTrainedModel | None, done: Ex
         recipe.model.model_name_or_path, revision=recipe.model.model_revision, trust_remote_code=args.trust_remote_code
     )
     rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset.take(STREAM_ROWS)))
+    check_prompts(rows)
     checks.check_template(tokenizer.chat_template, is_conversational(rows[0]))
     tokenize = tokenizer_as_trls(tokenizer, args.chat_template_kwargs or {})
     if not uses_teacher:
@@ -227,7 +271,10 @@ def weigh(recipe: Recipe, model: PreTrainedModel, prompts: tuple[int, int] | Non
         return
     others = 0
     if script.teacher_model_name_or_path:
-        others = 2 * empty_model(script.teacher_model_name_or_path).num_parameters() * (1 if args.bf16 else 2)
+        teacher = _fetched("teacher", script.teacher_model_name_or_path, recipe, done)
+        if teacher is None:  # without it the estimate would be too low
+            return
+        others = 2 * teacher.num_parameters() * (1 if args.bf16 else 2)
     own_dtype = getattr(model.config, "dtype", None)
     sizes = sizes_of(model, recipe.model)
     prompt, context = prompts or (512, 512)
@@ -245,15 +292,18 @@ def weigh(recipe: Recipe, model: PreTrainedModel, prompts: tuple[int, int] | Non
     if prompts is None:
         done.say(WARNING, "memory", "prompts are not known; 512 tokens and 512 of privileged context are assumed")
     gpu = not args.use_cpu or recipe.elsewhere
+    share, at_least = weigh_engine(args, model, sizes, setup, done)
     needs, phase = peak(sizes, setup, gpu=gpu)
     table = []
     for name, size, here in _devices(gpu):
         free = room(size, setup) if gpu else size
         verdict = "fits" if needs <= TIGHT * free else "tight" if needs <= free else "does not fit"
+        if at_least > share * size and verdict != "does not fit":
+            verdict = NO_ENGINE
         table.append({"device": name, "bytes": size, "verdict": verdict, "here": here})
         if here:
-            level = {"fits": OK, "tight": WARNING}.get(verdict, ERROR)
-            fix = "" if level == OK else f". {_less(setup, phase)}"
+            level = {"fits": OK, "tight": WARNING, NO_ENGINE: WARNING}.get(verdict, ERROR)
+            fix = "" if level == OK else f". {ENGINE_FIX if verdict == NO_ENGINE else _less(setup, phase)}"
             done.say(level, "memory", f"about {needs / 1e9:.1f} GB of {name}'s {size / 1e9:.1f}: {verdict}{fix}")
     if not any(row["here"] for row in table):
         done.say(OK, "memory", f"about {needs / 1e9:.1f} GB a process, most in the {phase}; devices below")
@@ -266,6 +316,25 @@ def weigh(recipe: Recipe, model: PreTrainedModel, prompts: tuple[int, int] | Non
         "phases": phases(sizes, setup, gpu=gpu),
         "devices": table,
     }
+
+
+def weigh_engine(
+    args: RLSDConfig, model: PreTrainedModel, sizes: Sizes, setup: Setup, done: Examined
+) -> tuple[float, float]:
+    """vLLM's share of a GPU, and the bytes without which it does not start; zeros where none runs beside training."""
+    if not args.use_vllm or args.vllm_mode != "colocate":
+        return 0, 0
+    length = args.vllm_max_model_length or checks.position_limit(model)
+    if length is None:
+        return args.vllm_gpu_memory_utilization, 0
+    needs = engine(sizes, setup, length) / args.vllm_tensor_parallel_size
+    if args.vllm_max_model_length is None:
+        done.say(
+            WARNING, "vLLM",
+            f"vllm_max_model_length is not set: vLLM keeps a cache for all {length} positions of the model, and does "
+            f"not start with less than about {needs / 1e9:.0f} GB. Set it to the longest prompt and completion.",
+        )  # fmt: skip
+    return args.vllm_gpu_memory_utilization, needs
 
 
 def _devices(gpu: bool) -> Iterator[tuple[str, float, bool]]:
