@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import trl
 import yaml
 from conftest import byte_tokenizer, lora, tiny_llama
 from hub_server import TOKEN
@@ -18,7 +20,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from trl_rlsd import RLSDTrainer
-from trl_rlsd.hub import PublishError, card, publish, upload
+from trl_rlsd.hub import PublishError, _run, card, publish, upload
+from trl_rlsd.hub.contents import check, name_base_model, select
+from trl_rlsd.run_record import read_record
 
 
 BASE = "tiny/base"
@@ -31,10 +35,11 @@ RECORD = {
     "rewards": [{"name": "exact_number", "weight": 1.0}], "eval_completions": 32,
     "versions": {"trl": "1.16.0"}, "device": "cpu", "processes": 1, "finished": True, "steps": 4,
 }  # fmt: skip
+EVALUATED = {"eval_dataset": None, "eval_rows": 8, "eval_completions": 32, "eval_even": True}
 METRICS = [
-    {"step": 0, "time": 1.0, "eval_reward": 0.25, "eval_rewards/exact_number/mean": 0.25},
+    {"step": 0, "time": 1.0, "eval_reward": 0.25, "eval_rewards/exact_number/mean": 0.25, **EVALUATED},
     *({"step": i, "time": 1.0, "reward": i / 8, "entropy": 1 / i, "completions/mean_length": 5} for i in range(1, 5)),
-    {"step": 4, "time": 2.0, "eval_reward": 0.75, "eval_rewards/exact_number/mean": 0.75},
+    {"step": 4, "time": 2.0, "eval_reward": 0.75, "eval_rewards/exact_number/mean": 0.75, **EVALUATED},
 ]
 
 
@@ -372,8 +377,65 @@ REFUSED = {
     "Windows path": (put("tokenizer_config.json", note=r"see C:\Users\me\x"), "holds a path"),
     "path of the run": (put("rlsd_run.json", device="/tmp/me/x"), "README.md holds a p"),
     "no adapter": (lambda run: (run / "adapter_config.json").unlink(), "it holds no model"),
+    "long path": (put("adapter_config.json", revision="/fsx/" + "a" * 90 + "/b"), r"holds a path of .*\.\.\."),
     "torn config": (lambda run: (run / "tokenizer_config.json").write_text("{"), "tokenizer_config.json"),
 }  # fmt: skip
+
+
+# as they stand in a longer text, which the card escapes
+PRIVATE = {
+    "Hub token": (TOKEN, "looks like a key .hf_aB"),
+    "other key": ("sk-" + "a1" * 20, "looks like a key .sk-a1"),
+    "password": ("http://me:secret@proxy", "looks like a key"),
+    "secret of the environment": ("abc_def-ghi_jkl-mno", "value of an environment variable"),
+    "Windows path": (r"C:\Users\me", "holds a path"),
+    "URL of a file": ("file:///x", "holds a path"),
+    "path": ("/tmp/my_team-x/y", "holds a path"),
+}
+
+
+@pytest.mark.parametrize("case", PRIVATE)
+@pytest.mark.parametrize("where", ["device", "settings", "alarm"])
+def test_what_the_card_escapes_is_refused_as_it_is_read(run, case, where, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", PRIVATE["secret of the environment"][0])
+    private, message = PRIVATE[case]
+    put("adapter_config.json", base_model_name_or_path=BASE)(run)
+    told, metrics = f"a card of {private}, as it is", METRICS
+    if where == "alarm":
+        metrics = [*METRICS, {"step": 1, "alarm": told, "advice": "none"}]
+    else:
+        put("rlsd_run.json", **{where: told if where == "device" else {"optim_args": [told]}})(run)
+    with pytest.raises(ValueError, match=rf"README\.md holds.*{message}|README\.md {message}") as refusal:
+        publish(run, "me/adapter", metrics=metrics, dry_run=True)
+    assert TOKEN not in str(refusal.value)
+
+
+def test_an_alarms_advice_is_not_published():
+    assert "advised" not in made(RECORD, [*METRICS, {"step": 1, "alarm": "leakage", "advice": f"advised {TOKEN}"}])
+
+
+def test_chat_templates_may_tell_a_model_of_folders_but_not_of_this_machines(run, monkeypatch):
+    put("adapter_config.json", base_model_name_or_path=BASE)(run)
+    harmless = "The drive at '/mnt/data' keeps files."  # GPT-OSS
+    put("tokenizer_config.json", chat_template=[{"name": "tools", "template": harmless}])(run)
+    (run / "chat_template.jinja").write_text(harmless)
+    publish(run, "me/adapter", dry_run=True)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/fast/temporary")
+    for place in ("/home/me/x", "/root/x", r"C:\Users\me", "/fast/temporary/x"):
+        (run / "chat_template.jinja").write_text(f"{harmless} {place}")
+        with pytest.raises(ValueError, match=r"chat_template\.jinja holds a path"):
+            publish(run, "me/adapter", dry_run=True)
+    (run / "chat_template.jinja").write_text(harmless)
+    put("tokenizer_config.json", chat_template="see /home/me/x")(run)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a path"):
+        publish(run, "me/adapter", dry_run=True)
+
+
+def test_trls_own_chat_templates_pass():
+    templates = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    assert templates
+    for path in templates:
+        check({"chat_template.jinja": path.read_bytes()})
 
 
 @pytest.mark.parametrize("repo_id", ["adapter", "me/adapter/more", "me/a b"])
@@ -430,6 +492,77 @@ def test_a_local_base_is_replaced_in_what_is_sent_alone(hub, run):
     assert contents(run) == before
 
 
+def sent(folder, **options) -> str:
+    """The base that the card of a publication names."""
+    (files, _), run = select(folder), _run(folder, None, None)
+    return name_base_model(files, options.get("base_model"), folder, run.record)
+
+
+def test_a_relative_folder_is_no_id_of_the_hub(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    put("adapter_config.json", base_model_name_or_path="models/foo")(run)
+    put("tokenizer_config.json", name_or_path="models/foo")(run)
+    put("rlsd_run.json", base_model=None)(run)  # as a run writes it that was trained from a folder
+    with pytest.raises(ValueError, match="'models/foo', which is a local folder; pass base_model="):
+        sent(run)
+    assert sent(run, base_model=BASE) == BASE
+    files, _ = select(run)
+    name_base_model(files, BASE, run, {"base_model": None})
+    assert not any(b"models/foo" in content for content in files.values() if isinstance(content, bytes))
+    (run / "rlsd_run.json").unlink()
+    assert sent(run) == "models/foo"
+    for place in (Path(), run):
+        (place / "models/foo").mkdir(parents=True)
+        with pytest.raises(ValueError, match="which is a local folder"):
+            sent(run)
+        (place / "models/foo").rmdir()
+
+
+def test_an_id_that_is_given_or_recorded_holds_where_a_folder_has_its_name(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    Path(BASE).mkdir(parents=True)
+    put("adapter_config.json", base_model_name_or_path=BASE)(run)
+    assert sent(run) == BASE  # rlsd_run.json says so
+    (run / "rlsd_run.json").unlink()
+    assert sent(run, base_model=BASE) == BASE
+
+
+@pytest.mark.parametrize("name, known", [("sft", False), ("adapter", True), ("checkpoint-3", True)])
+def test_the_record_above_is_a_folders_own_only_by_its_name(run, name, known):
+    own = _run(copy(run, run / name), None, None)
+    assert (own.record, len(own.metrics)) == (RECORD, 4 if name == "checkpoint-3" else 6)
+    for file in ("rlsd_run.json", "metrics.jsonl"):
+        (run / name / file).unlink()
+    own = _run(run / name, None, None)
+    assert (own.record is not None, len(own.metrics) > 0) == (known, known)
+
+
+def test_an_index_of_shards_that_are_gone_does_not_stand_in_the_way_of_a_whole_model(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    published = publish(tmp_path, "me/full", dry_run=True)
+    assert "model.safetensors" in published.files
+    assert "model.safetensors.index.json" in published.left_out
+    assert not any("index" in name or "-of-" in name for name in published.files)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="which is not there"):
+        publish(tmp_path, "me/full", dry_run=True)
+
+
+@pytest.mark.parametrize("part", [
+    {"settings": [1]}, {"dataset": "x"}, {"dataset": {"columns": 3}}, {"peft": "x"}, {"rewards": [3]},
+    {"rewards": [{}]}, {"versions": []}, {"steps": "4"}, {"eval_completions": "x"},
+])  # fmt: skip
+def test_a_record_with_a_part_of_a_wrong_type_is_not_known(run, part):
+    put("adapter_config.json", base_model_name_or_path=BASE)(run)
+    put("rlsd_run.json", **part)(run)
+    publish(run, "me/adapter", dry_run=True)
+    assert read_record(run) is None
+    assert read_record(run.parent) is None
+
+
 def made(record, metrics=(), files=("adapter_config.json", "tokenizer.json", "chat_template.jinja"), step=None) -> str:
     own = card.make(card.Run(record, list(metrics), step), "me/adapter", files, base_model=BASE)
     return own["README.md"].decode()
@@ -458,8 +591,53 @@ def test_the_card_tells_the_run_and_its_measurements():
 ])  # fmt: skip
 def test_nothing_is_claimed_that_was_not_measured(metrics, present, absent):
     text = made(RECORD, metrics)
+    assert not re.search(r"\n{3,}|[ \t]\n|[^\n]\n#", text)
     assert all(phrase in text for phrase in present)
     assert not any(phrase in text for phrase in absent)
+
+
+def evaluation(step, reward, dataset=None, rows=8, completions=32, even=True) -> dict:
+    about = {"eval_dataset": dataset, "eval_rows": rows, "eval_completions": completions, "eval_even": even}
+    return {"step": step, "eval_reward": reward, "eval_rlsd/right": reward / 2, **about}
+
+
+def test_several_evaluation_datasets_are_each_told_by_name():
+    text = made(RECORD, [evaluation(step, own + step / 8, name, rows, 4 * rows) for step in (0, 4)
+                         for name, rows, own in (("easy", 4, 0.5), ("h|rd", 8, 0.125))])  # fmt: skip
+    easy, hard = text.split("## Evaluation\n")[1].split("### easy")[1].split("### h\\|rd")
+    assert "of 16 completions, of 4 rows" in easy
+    assert "| reward | 0.5 | 1 |" in easy
+    assert "of 32 completions, of 8 rows" in hard
+    assert "| reward | 0.125 | 0.625 |" in hard
+    assert ModelCard(text).data.eval_results is None
+    assert not re.search(r"\n{3,}|[ \t]\n|[^\n]\n#", text)
+
+
+@pytest.mark.parametrize("other", [{"dataset": "other"}, {"rows": 4}, {"completions": 64}])
+def test_evaluations_of_different_rows_are_not_before_and_after(other):
+    text = made(RECORD, [evaluation(0, 0.25), evaluation(4, 0.75, **other)])
+    assert "| reward | 0.25 |\n" in text
+    assert "| reward | 0.75 |\n" in text
+    assert "model-index" not in text
+
+
+def test_a_mean_of_batches_is_called_a_mean_of_completions_only_where_it_is():
+    even, uneven = ([evaluation(step, 0.5, even=own) for step in (0, 4)] for own in (True, False))
+    silent = [{name: own for name, own in line.items() if name not in EVALUATED} for line in even]
+    assert "Each column is the mean of 32 completions, of 8 rows of the evaluation dataset.\n" in made(RECORD, even)
+    told = "means of the evaluation's batches, the last of which was smaller; the share of right"
+    assert told in made(RECORD, uneven)
+    assert "Each column is of 32 completions, of 8 rows of the evaluation dataset.\n" in made(RECORD, silent)
+    for metrics, name in ((even, "mean reward"), (uneven, "reward"), (silent, "reward")):
+        assert [own.metric_name for own in ModelCard(made(RECORD, metrics)).data.eval_results] == [name]
+    unknown = [evaluation(4, 0.5, rows=None, completions=None, even=False)]
+    assert "batches" not in made(RECORD, unknown)
+    assert "was not recorded." in made(RECORD, unknown)
+
+
+def test_a_number_beyond_floats_is_none():
+    text = made(RECORD, [*METRICS, {"step": 5, "reward": 10**400, "eval_reward": 10**400, **EVALUATED}])
+    assert "| reward | 0.25 | 0.75 |" in text
 
 
 def test_a_checkpoint_claims_nothing_of_later_steps(hub, run):

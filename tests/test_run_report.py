@@ -210,6 +210,53 @@ def test_evaluations_are_told_before_and_after_with_their_number(tmp_path):
     assert "0.25 (step 0) → 0.75 (step 2), of 256 completions each" in page.text
 
 
+def evaluated(step, reward, dataset=None, rows=4, even=True, **others) -> dict:
+    about = {"eval_dataset": dataset, "eval_rows": rows, "eval_completions": 4 * rows, "eval_even": even}
+    return {"step": step, "eval_reward": reward, **about, **others}
+
+
+def test_several_evaluation_datasets_are_told_and_drawn_apart(tmp_path):
+    logs = [evaluated(step, own + step, name, rows, **{f"eval_{name}_loss": own, f"eval_{name}_runtime": 1.0})
+            for step in (0, 2) for name, rows, own in (("easy", 4, 0.5), (HOSTILE, 8, 0.25))]  # fmt: skip
+    page = report(tmp_path, write_run(tmp_path / "run", logs))
+    assert f"easy: 0.5 (step 0) → 2.5 (step 2), of 16 completions each; {HOSTILE}: 0.25" in page.text
+    assert "0.25 (step 0) → 2.25 (step 2), of 32 completions each" in page.text
+    assert page.has((0, 2), (0.5, 2.5))
+    assert page.has((0, 2), (0.25, 2.25))
+    assert len(page.figures) == 2  # reward and loss; what a log says of its evaluation is no curve
+    reward = page.figures[0]["data"]
+    assert reward[0]["name"] == "run, evaluation easy"
+    assert len({trace["line"]["dash"] for trace in reward}) == len(reward) == 2
+
+
+@pytest.mark.parametrize("other", [{"dataset": "other"}, {"rows": 8}])
+def test_evaluations_of_different_rows_are_not_compared(tmp_path, other):
+    page = report(tmp_path, write_run(tmp_path / "run", [evaluated(0, 0.25), evaluated(2, 0.75, **other)]))
+    assert "→" not in page.text
+    assert "16 completions, 4 rows" not in page.text
+    assert "4 rows, 16 completions: 0.25 (step 0), of 16 completions each; " in page.text
+    assert "0.75 (step 2), of" in page.text
+
+
+def test_datasets_are_told_apart_by_the_measures_of_transformers_too(tmp_path):
+    logs = [{"step": step, "eval_reward": own, f"eval_{name}_runtime": 1.0, f"eval_{name}_loss": 0.0}
+            for step in (1, 2) for name, own in (("easy", 0.5), ("hard", 0.25))]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    state = {"global_step": 2, "log_history": logs}
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps(state))
+    (run,) = load_runs([tmp_path / "run"])
+    rewards = {name: own.points("eval_reward") for name, own in run.evaluations.items()}
+    assert rewards == {"easy": [(1, 0.5), (2, 0.5)], "hard": [(1, 0.25), (2, 0.25)]}
+    assert run.points("eval_loss") == [(1, 0.0), (1, 0.0), (2, 0.0), (2, 0.0)]
+
+
+def test_means_of_uneven_batches_are_told_and_the_share_of_right_is_exact(tmp_path):
+    logs = [evaluated(step, 0.5, even=False, **{"eval_rlsd/right": 0.25}) for step in (0, 2)]
+    text = report(tmp_path, write_run(tmp_path / "run", logs)).text
+    assert "0.5 (step 2), of 16 completions each, as means of batches, the last of which was smaller" in text
+    assert text.count("means of batches") == 1
+
+
 def test_the_summary_has_no_lucky_first_log_as_its_best(tmp_path):
     page = report(tmp_path, write_run(tmp_path / "run", rewards(9, 1, 1, 1, 2, 2, 2, 2)), smooth=4)
     assert "Best running mean 3 (step 4)" in page.text
@@ -257,6 +304,24 @@ def test_null_nan_and_torn_lines_do_not_break_a_curve(tmp_path):
     page = report(tmp_path, write_run(tmp_path / "run", logs, tail='{"step": 6, "rew'))
     assert page.has((1, 5), (0.1, 0.5))
     assert "run: a line that cannot be read was passed over in metrics.jsonl" in page.text
+
+
+@pytest.mark.parametrize("record", [
+    {"settings": [1]}, {"finished": [1]}, {"settings": {"gradient_accumulation_steps": 0.5}}, {"dataset": "x"},
+    {"settings": {"gradient_accumulation_steps": 1e308, "steps_per_generation": -1}},
+    {"settings": {"max_steps": 10**400}, "eval_completions": 10**400}, {"processes": "x", "device": [1]},
+])  # fmt: skip
+def test_a_malformed_record_does_not_break_the_report(tmp_path, record):
+    logs = rewards(0.1, 0.2, **{"step_time": 1.0, "rlsd/teacher_seconds": 0.1})
+    logs += [{"step": 2, "eval_reward": 1.0}]
+    assert report(tmp_path, write_run(tmp_path / "run", logs, **record)).has((1, 2), (0.1, 0.2))
+
+
+def test_numbers_beyond_floats_are_no_points(tmp_path):
+    logs = [*rewards(0.1, 10**400, 0.5), {"step": 10**400, "reward": 1.0}]
+    page = report(tmp_path, write_run(tmp_path / "run", logs))
+    assert page.has((1, 3), (0.1, 0.5))
+    assert "a line that cannot be read" in page.text
 
 
 def test_without_metrics_the_newest_trainer_state_is_read(tmp_path):

@@ -47,7 +47,8 @@ def publish(
         token: of the Hub, with write access; else the one of `hf auth login` or HF_TOKEN.
         private: True refuses to publish into a repository that is public. None leaves it as it is.
         revision: the branch, made if there is none; else "main".
-        record: what rlsd_run.json says; else it is looked for in the folder and the one above.
+        record: what rlsd_run.json says; else it is looked for in the folder, and of a checkpoint or a folder named
+            "adapter" in the one above.
         metrics: the lines of metrics.jsonl; else likewise.
         private_texts: prompts and privileged contexts. No file may hold one, unless it is shorter than 20 characters.
         license: of the model, for the card.
@@ -63,7 +64,7 @@ def publish(
         raise ValueError(f"repo_id={repo_id!r} names no owner; pass 'owner/{repo_id}', your account or organization.")
     files, left_out = contents.select(folder)
     run = _run(folder, record, metrics)
-    base_model = contents.name_base_model(files, base_model, run.part("base_model"))
+    base_model = contents.name_base_model(files, base_model, folder, run.record)
     files |= card.make(run, repo_id, files, base_model=base_model, license=license, revision=revision)
     contents.check(files, private_texts=private_texts, token=token)
     return push(
@@ -79,13 +80,15 @@ def publish(
 
 
 def _run(folder: Path, record: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]] | None) -> card.Run:
-    """What was recorded of the run that made a folder: what is not given is read from it, or from the one above."""
-    places = (folder, folder.resolve().parent)
+    """What was recorded of the run that made a folder; what is not given is looked for."""
+    checkpoint = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    # what lies above any other folder may be of another run
+    above = checkpoint or folder.resolve().name == "adapter"
+    places = (folder, folder.resolve().parent) if above else (folder,)
     if record is None:
         record = next(filter(None, map(read_record, places)), None)
     if metrics is None:
         metrics = next(filter(None, (read_metrics(place)[0] for place in places)), ())
     # what a checkpoint was not trained on is not claimed of it
-    checkpoint = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
     step = int(checkpoint.group(1)) if checkpoint else None
     return card.Run(record, [line for line in metrics if step is None or line["step"] <= step], step)

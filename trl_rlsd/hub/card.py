@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ CARD_FILE = "README.md"
 CURVES_FILE = "training_curves.png"
 CURVES = {"reward": "reward", "completions/mean_length": "tokens of a completion", "entropy": "entropy (nats)"}
 TABLE_STEPS = 6
+EVALUATED = ("eval_dataset", "eval_rows", "eval_completions")  # what a line of metrics.jsonl says of its evaluation
 
 _TAGS_OF_CREDIT = ("grpo", "opsd")
 # a word or a number, in which no character means anything to Markdown
@@ -44,9 +46,9 @@ class Run:
     evaluations: list[Mapping[str, Any]] = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "training", [line for line in self.metrics if _number(line.get("reward"))])
-        evaluations = [line for line in self.metrics if _number(line.get("eval_reward"))]
-        object.__setattr__(self, "evaluations", evaluations)
+        lines = [line for line in self.metrics if _number(line["step"])]
+        object.__setattr__(self, "training", [line for line in lines if _number(line.get("reward"))])
+        object.__setattr__(self, "evaluations", [line for line in lines if _number(line.get("eval_reward"))])
 
     def part(self, name: str) -> Any:
         """A part of the record, None where it is not known."""
@@ -84,7 +86,7 @@ def make(
         credit=run.part("credit"),
         picture=CURVES_FILE if CURVES_FILE in made else None,
         curve_rows=[] if CURVES_FILE in made else _curve_rows(curves),
-        evaluation=_evaluation(run),
+        evaluations=[_evaluation(run, own) for own in _comparable(run)],
         settings=_table(run.part("settings")),
         adapter_settings=_table(run.part("peft")),
         alarms=sorted({text(line["alarm"]) for line in run.metrics if "alarm" in line}),
@@ -115,11 +117,14 @@ def _metadata(
     tags += [credit] if credit in _TAGS_OF_CREDIT else []
     tags += [str(peft.get("peft_type", "")).lower()] if re.fullmatch(r"\w+", str(peft.get("peft_type", ""))) else []
     tags += [f"base_model:adapter:{base_model}"] if adapter else []
+    tags += [tag for tag in run.part("tags") or [] if tag not in tags]
     task = "image-text-to-text" if vision else "text-generation"
     results: dict[str, Any] = {}
-    after = _after(run)
+    comparable = _comparable(run)
+    after = _after(comparable[0]) if len(comparable) == 1 else None
     if on_hub and after:
-        measured = EvalResult(task, dataset, dataset, "reward", after["eval_reward"], metric_name="mean reward")
+        name = "mean reward" if after.get("eval_even") is True else "reward"
+        measured = EvalResult(task, dataset, dataset, "reward", after["eval_reward"], metric_name=name)
         results = {"eval_results": [measured], "model_name": repo_id.split("/")[-1]}
     return ModelCardData(
         base_model=base_model,
@@ -132,22 +137,42 @@ def _metadata(
     )
 
 
-def _after(run: Run) -> Mapping[str, Any] | None:
+def _comparable(run: Run) -> list[list[Mapping[str, Any]]]:
+    """The evaluations, those of one dataset, and of as many of its rows and completions, together."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for line in run.evaluations:
+        found.setdefault(json.dumps([line.get(name) for name in EVALUATED]), []).append(line)
+    return list(found.values())
+
+
+def _after(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The last evaluation, unless it came before training."""
-    return run.evaluations[-1] if run.evaluations and run.evaluations[-1]["step"] > 0 else None
+    return evaluations[-1] if evaluations[-1]["step"] > 0 else None
 
 
-def _evaluation(run: Run) -> dict[str, Any] | None:
-    """Before and after, what was measured of it; None where nothing was."""
-    if not run.evaluations:
-        return None
-    after = _after(run)
-    before = run.evaluations[0] if run.evaluations[0]["step"] == 0 else None
-    names = [name for name in (after or before) if _shown(name)]
-    values = [line for line in (before, after) if line is not None]
+def _evaluation(run: Run, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Before and after, what was measured of it."""
+    after = _after(evaluations)
+    before = evaluations[0] if evaluations[0]["step"] == 0 else None
+    values = [line for line in (before, after) if line is not None] or evaluations[-1:]
+    names = [name for name in values[-1] if _shown(name)]
     rows = [[text(_title(name)), *(_value(line.get(name)) for line in values)] for name in names]
     heads = [f"Before training (step {line['step']})" if line is before else f"Step {line['step']}" for line in values]
-    return {"heads": heads, "rows": rows, "completions": run.part("eval_completions")}
+    # lines of older runs do not say of how many; the record does, of the only dataset that it knows
+    record = {"eval_rows": (run.part("dataset") or {}).get("eval_rows")}
+    record["eval_completions"] = run.part("eval_completions")
+    _, rows_read, completions = (values[-1].get(name, record.get(name)) for name in EVALUATED)
+    even = [line.get("eval_even") for line in values]
+    return {
+        "name": values[-1].get("eval_dataset"),
+        "heads": heads,
+        "rows": rows,
+        "of_rows": rows_read,
+        "completions": completions,
+        "even": all(one is True for one in even),
+        "uneven": any(one is False for one in even),
+        "right": "eval_rlsd/right" in names,
+    }
 
 
 def _shown(name: str) -> bool:
@@ -161,7 +186,11 @@ def _title(name: str) -> str:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that can be drawn."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # JSON's whole numbers have no end
+        return False
 
 
 def _value(value: Any) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,11 @@ _PATH = re.compile(
     r"(?<![\w./:<-])/(?:home|root|Users|tmp|var|mnt|opt|srv|data|scratch|workspace|content|kaggle|media|nfs|gpfs|lustre|"
     r"private|usr|work)/[\w.]|(?<![A-Za-z])[A-Za-z]:\\{1,2}(?:Users|Windows|Temp|Documents and Settings)|file://\S"
 )
+# all that is looked for in a chat template, which tells a model of folders that its tools have (GPT-OSS: /mnt/data)
+_HOME = re.compile(r"(?<![\w./:<-])/(?:home|root|Users)/[\w.]|(?<![A-Za-z])[A-Za-z]:\\{1,2}Users")
+_TEMPLATE = re.compile(r"(?:chat_)?template=")
 _ABSOLUTE = re.compile(r"/[\w.@+-]+(?:/[\w.@+-]+)+/?|\\\\[\w.-]+\\.+|[A-Za-z]:[\\/][^\n]*")
+_ESCAPED = re.compile(r"\\([!-/:-@\[-`{-~])")  # Markdown's, as card.text writes it
 _SECRET_NAME = re.compile(r"(?:^|_|API)(?:TOKEN|KEY|SECRET|PASSWORD)(?:_|$)", re.IGNORECASE)
 
 Files = dict[str, bytes | Path]
@@ -94,13 +98,15 @@ def _adapter(names: list[str]) -> list[str]:
 def _model(folder: Path, names: list[str]) -> list[str]:
     if MODEL_CONFIG not in names or ADAPTER_CONFIG in names:
         return []
-    shards = [MODEL_WEIGHTS]
+    shards, in_shards = [MODEL_WEIGHTS], []
     if MODEL_INDEX in names:
-        shards = sorted(set(json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in shards if name not in names]
+        in_shards = sorted(set(json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    # saved in one file over a model that was sharded, it leaves the index; transformers loads the one file
+    if in_shards and (MODEL_WEIGHTS in in_shards or MODEL_WEIGHTS not in names):
+        missing = [name for name in in_shards if name not in names]
         if missing:
             raise ValueError(f"{folder}/{MODEL_INDEX} names {missing[0]}, which is not there; save the model again.")
-        shards.append(MODEL_INDEX)
+        shards = [*in_shards, MODEL_INDEX]
     if not set(shards) <= set(names):
         return []
     return [MODEL_CONFIG, *shards, *(["generation_config.json"] if "generation_config.json" in names else [])]
@@ -115,7 +121,9 @@ def is_teacher(name: str) -> bool:
     return name in _TEACHERS or name.startswith("rlsd_teacher")
 
 
-def name_base_model(files: Files, base_model: str | None, of_record: str | None) -> str | None:
+def name_base_model(
+    files: Files, base_model: str | None, folder: Path, record: Mapping[str, Any] | None
+) -> str | None:
     """Put the base model's id where a config names it, in the copy that is uploaded, and return the id; None for a
     full model whose base is not known.
 
@@ -124,38 +132,50 @@ def name_base_model(files: Files, base_model: str | None, of_record: str | None)
     """
     config = _json(files, ADAPTER_CONFIG if ADAPTER_CONFIG in files else MODEL_CONFIG)
     field = "base_model_name_or_path" if ADAPTER_CONFIG in files else "_name_or_path"
-    named = config.get(field)
+    named, of_record = config.get(field), (record or {}).get("base_model")
+    # a relative folder such as out/checkpoint-100 looks like an id, and the record knows that it was none
+    was_local = record is not None and "base_model" in record and of_record is None
+
+    def on_hub(name: Any) -> bool:
+        return is_hub_id(name) and not (was_local and name == named) and not _is_folder(name, folder)
+
     if not base_model:
-        own = named if isinstance(named, str) and is_hub_id(named) else None
+        own = named if on_hub(named) else None
         if own and of_record and own != of_record:
             raise ValueError(
                 f"{field} is {own!r}, rlsd_run.json says base_model {of_record!r}; pass the right one as base_model=."
             )
         base_model = own or of_record
     if not base_model and ADAPTER_CONFIG in files:
+        why = "which is a local folder" if is_hub_id(named) else "which is no model of the Hub"
         raise ValueError(
-            f"{ADAPTER_CONFIG}: base_model_name_or_path is {named!r}, which is no model of the Hub; pass base_model= "
+            f"{ADAPTER_CONFIG}: base_model_name_or_path is {named!r}, {why}; pass base_model= "
             "(--base-model) with the id that others can load, e.g. 'Qwen/Qwen3-1.7B'."
         )
     if base_model and not is_hub_id(base_model):
         raise ValueError(f"base_model={base_model!r} is no id of a model on the Hub, such as 'Qwen/Qwen3-1.7B'.")
     for name in (ADAPTER_CONFIG, MODEL_CONFIG, "tokenizer_config.json"):
         if name in files:
-            _replace_base(files, name, base_model)
+            _replace_base(files, name, base_model, on_hub)
     return base_model
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be a repository's, and is no folder here."""
-    return bool(re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", name)) and not os.path.isdir(name)
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can be a repository's."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*(?:/\w[\w.-]*)?", name))
 
 
-def _replace_base(files: Files, name: str, base_model: str | None) -> None:
+def _is_folder(name: str, folder: Path) -> bool:
+    """Whether a name is a folder's, from here or from where the model may have been trained."""
+    return any((place / name).is_dir() for place in (Path(), folder, *folder.resolve().parents))
+
+
+def _replace_base(files: Files, name: str, base_model: str | None, on_hub: Callable[[Any], bool]) -> None:
     config = _json(files, name)
     for field in ("base_model_name_or_path", "_name_or_path", "name_or_path"):
         if field not in config or config[field] == base_model:
             continue
-        if name == ADAPTER_CONFIG or not is_hub_id(str(config[field])):
+        if name == ADAPTER_CONFIG or not on_hub(config[field]):
             config[field] = base_model
             files[name] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -222,23 +242,31 @@ def _in_text(name: str, content: bytes, private: set[str], secrets: set[str], pl
     except ValueError as error:
         yield f"{name} cannot be read ({error}); save the model and its tokenizer again."
         return
+    if name == "README.md":  # as it is written, and as it is read
+        strings.append(html.unescape(_ESCAPED.sub(r"\1", strings[0])))
     whole = "\n".join(strings)
     if (key := _SECRET.search(whole)) or any(secret in whole for secret in secrets):
         start = f" ({key.group()[:5]}...)" if key else ", the value of an environment variable or of this login"
         yield f"{name} holds what looks like a key{start}; remove it, and revoke the key if others saw it."
     path = next((place for place in places if re.search(re.escape(place) + r"[/\\]\w", whole)), None)
     if path is None and name not in _VOCABULARY:
-        path = next((s for s in strings if name.endswith(".json") and _ABSOLUTE.fullmatch(s.split("=", 1)[-1])), None)
-        path = path or next((s for s in strings if _PATH.search(s)), None)
+        path = next(filter(None, (_path_in(name, string) for string in strings)), None)
     if path is not None:
-        shown = path if len(path) < 80 else _PATH.search(path).group() + "..."
+        shown = path if len(path) < 80 else path[:40] + "..."
         yield f"{name} holds a path of a machine ({shown}); put an id of the Hub there, or remove it."
-    texts = [squeeze(whole)]
-    if name == "README.md":  # as it is read, not as it is escaped
-        texts.append(squeeze(html.unescape(whole.replace("\\", ""))))
-    leaked = sum(any(text in own for own in texts) for text in private)
+    squeezed = squeeze(whole)
+    leaked = sum(text in squeezed for text in private)
     if leaked:
         yield f"{name} holds {leaked} of the dataset's prompts or privileged contexts; remove them from it."
+
+
+def _path_in(name: str, string: str) -> str | None:
+    """A string that is a path, or what stands in it from the path's start on."""
+    if name.endswith(".json") and _ABSOLUTE.fullmatch(string.split("=", 1)[-1]):
+        return string
+    template = name.endswith(".jinja") or _TEMPLATE.match(string)
+    found = (_HOME if template else _PATH).search(string)
+    return string[found.start() :].split()[0] if found else None
 
 
 def _strings(name: str, text: str) -> Iterator[str]:

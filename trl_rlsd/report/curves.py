@@ -2,7 +2,8 @@
 
     Run -> points of a curve -> running mean -> thinned out -> traces, the numbers in words
 
-A run has a colour and a symbol, a curve within a plot a dash; evaluations are dotted with open symbols.
+A run has a colour and a symbol, a curve within a plot a dash; evaluations are dotted with open symbols, a line for
+each dataset.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
@@ -25,6 +27,7 @@ from trl_rlsd.texts import visible
 # so 30 runs differ in the pair
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "x": "✖"}
+_EVALUATIONS = ("dot", "dashdot", "dash")  # of one dataset, and of further ones
 DASHES = {"solid": "none", "dash": "7 3", "dot": "2 3", "dashdot": "7 3 2 3"}  # plotly's name -> SVG's dash array
 OTHERS = "Everything else that was logged"
 MAX_POINTS = 1000  # of a curve
@@ -57,7 +60,8 @@ def teacher_share(run: Run, prefix: str = "") -> Points:
         step, step_time = log["step"], number(log.get("step_time"))
         if step_time is None or step <= previous:
             continue
-        begun = math.ceil(step * accumulated / every) - math.ceil(previous * accumulated / every)
+        # whole numbers, rounded up: a quotient of large ones is no float
+        begun = -(-step * accumulated // every) - -(-previous * accumulated // every)
         if begun or not windows:
             windows.append([step, 0.0, 0.0])
         windows[-1][1] += (number(log.get("rlsd/teacher_seconds")) or 0.0) * begun
@@ -300,8 +304,10 @@ def _curves(plot: Plot, run: Run) -> Iterable[tuple[Line, Points]]:
     for (label, curve), dash in zip(plot.curves.items(), DASHES, strict=False):
         if points := curve(run, ""):
             yield Line(label, dash), points
-        if points := curve(run, "eval_"):
-            yield Line(", ".join(filter(None, (label, "evaluation"))), "dot", evaluation=True), points
+        for (name, own), dotted in zip(run.evaluations.items(), cycle(_EVALUATIONS)):
+            if points := curve(own, "eval_"):
+                told = " ".join(filter(None, ("evaluation", name)))
+                yield Line(", ".join(filter(None, (label, told))), dotted, evaluation=True), points
 
 
 def _parts(plot: Plot, line: Line, points: Points, smooth: int) -> list[tuple[Line, Points]]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from trl_rlsd.texts import visible
 
 
 Points = list[tuple[int, float]]
+
+# what a log says of its evaluation
+EVALUATED = ("eval_dataset", "eval_rows", "eval_completions")
+_ABOUT = (*EVALUATED, "eval_even")
+_OF_TRANSFORMERS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,28 @@ class Run:
         found: dict[str, Points] = {}
         for log in self.logs:
             for name, value in log.items():
-                if (usable := number(value)) is not None:
+                if name not in _ABOUT and (usable := number(value)) is not None:
                     found.setdefault(name, []).append((log["step"], usable))
         return found
+
+    @cached_property
+    def evaluations(self) -> dict[str, Run]:
+        """Name -> the run with those evaluations alone that can be compared: of one dataset, and of as many of its
+        rows and completions. One dataset without a name is ""."""
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for log in self.logs:
+            if any(name.startswith("eval_") for name in log):
+                dataset, rows, completions = map(log.get, EVALUATED)
+                key = ("" if dataset is None else visible(str(dataset)), _count(rows, "rows"))
+                found.setdefault((*key, _count(completions, "completions")), []).append(log)
+        datasets = [dataset for dataset, *_ in found]
+
+        def name(key: tuple[str, str, str]) -> str:
+            if len(found) == 1 or (key[0] and datasets.count(key[0]) == 1):
+                return key[0]
+            return ", ".join(filter(None, key)) or "dataset without a name"
+
+        return {name(key): replace(self, logs=logs) for key, logs in found.items()}
 
     def points(self, *metrics: str) -> Points:
         """A metric over the steps, or the sum of several where all of them are there."""
@@ -54,8 +78,8 @@ class Run:
         return first
 
     def setting(self, name: str, default: int) -> int:
-        """A whole number of the settings."""
-        return int(number((self.record.get("settings") or {}).get(name)) or default)
+        """A whole number of the settings, other than 0."""
+        return int(number((self.record.get("settings") or {}).get(name)) or 0) or default
 
     @property
     def last_step(self) -> int:
@@ -90,6 +114,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _load(folder: Path, name: str) -> Run:
     lines, torn = read_metrics(folder)
+    usable = [line for line in lines if number(line["step"]) is not None]
+    lines, torn = usable, torn + len(lines) - len(usable)
     source = METRICS_FILE
     if not any(map(_has_numbers, lines)):
         lines, source, torn = *_history(folder), 0
@@ -101,13 +127,24 @@ def _load(folder: Path, name: str) -> Run:
     pictures = sorted(folder.glob("completions/credit_*.html"), key=_number_in)
     return Run(
         name=name,
-        logs=[line for line in lines if "alarm" not in line],
+        logs=[_plainly_named(line) for line in lines if "alarm" not in line],
         alarms=[line for line in lines if "alarm" in line],
         source=source,
         torn=torn,
         record=read_record(folder) or {},
         credit=pictures[-1] if pictures else None,
     )
+
+
+def _plainly_named(log: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation's log, in which transformers' measures have their names without the dataset's."""
+    # transformers 5.23: eval_<dataset>_runtime; the only trace of the dataset in trainer_state.json
+    found = (re.fullmatch(r"eval_(.+)_runtime", name) for name in log)
+    dataset = log["eval_dataset"] if "eval_dataset" in log else next((one[1] for one in found if one), None)
+    if not isinstance(dataset, str):
+        return log
+    plain = {f"eval_{dataset}_{name}": f"eval_{name}" for name in _OF_TRANSFORMERS}
+    return {"eval_dataset": dataset} | {plain.get(name, name): value for name, value in log.items()}
 
 
 def _history(folder: Path) -> tuple[list[dict[str, Any]], str]:
@@ -134,5 +171,13 @@ def _has_numbers(log: Mapping[str, Any]) -> bool:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON's whole numbers have no end
+        return None
+
+
+def _count(value: Any, of: str) -> str:
+    return "" if (count := number(value)) is None else f"{count:,.0f} {of}"

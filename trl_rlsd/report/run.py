@@ -115,13 +115,23 @@ def _with_values(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _before_after(run: Run, metric: str) -> str:
-    points = run.points(metric)
-    if not points:
-        return "–"
+    """Of each dataset that was evaluated; one is not compared with another."""
+    told = {name: _ends(own, metric) for name, own in run.evaluations.items() if own.points(metric)}
+    return "; ".join(f"{name}: {text}" if name else text for name, text in told.items()) or "–"
+
+
+def _ends(run: Run, metric: str) -> str:
+    points, logs = run.points(metric), [log for log in run.logs if metric in log]
     ends = points[:1] if len(points) == 1 else [points[0], points[-1]]
-    count = number(run.record.get("eval_completions"))
+    # a log of an older run does not say of how many
+    count = number(logs[-1].get("eval_completions", run.record.get("eval_completions")))
     text = " → ".join(f"{short(value)} (step {step:,})" for step, value in ends)
-    return text + (f", of {count:,.0f} completions each" if count else ", of an unknown number of completions")
+    if not count:
+        return f"{text}, of an unknown number of completions"
+    # the others are logged as means of means
+    uneven = metric != "eval_rlsd/right" and any(log.get("eval_even") is False for log in logs)
+    how = ", as means of batches, the last of which was smaller" if uneven else ""
+    return f"{text}, of {count:,.0f} completions each{how}"
 
 
 def _duration(run: Run) -> str:
