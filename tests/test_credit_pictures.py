@@ -441,10 +441,11 @@ def test_inspect_takes_an_external_teacher_and_forgets_a_configs_reward_weights(
 
 
 def test_inspect_samples_and_rewards_rows_of_a_config(model, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("from conftest import byte_reward as reward\n")
+    (tmp_path / "rewards_to_inspect.py").write_text("from conftest import byte_reward as reward\n")
     dataset(conversational=True).to_json("data.jsonl")
     (tmp_path / "run.yaml").write_text(
-        "model_name_or_path: model\ndataset_name: data.jsonl\nreward_funcs: [mine.reward]\nnum_generations: 4\n"
+        "model_name_or_path: model\ndataset_name: data.jsonl\nreward_funcs: [rewards_to_inspect.reward]\n"
+        "num_generations: 4\n"
         "per_device_train_batch_size: 1\nmax_completion_length: 8\nbf16: true\n"
         "accelerate_config: multi_gpu\nuse_liger_loss: true\noutput_dir: out\n"
     )

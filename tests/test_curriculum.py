@@ -389,6 +389,7 @@ torch.save((straight, resumed, curriculum.stage), f"rank{{dist.get_rank()}}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_groups_also_when_resumed(tmp_path):
     straight, resumed, stages = zip(*run_on_two_ranks(tmp_path, SCRIPT), strict=True)
     assert stages == (1, 1)

@@ -7,6 +7,8 @@ import torch
 from conftest import run_on_two_ranks
 
 
+pytestmark = pytest.mark.slow  # two engines with two processes each
+
 TESTS = str(Path(__file__).parent)
 SCRIPT = """
 import sys

@@ -41,8 +41,9 @@ def doctor(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in argv
     argv = [text for text in argv if text != "--json"]
     sys.path.insert(0, os.getcwd())  # dotted paths may name modules beside the config
-    found = examine_machine()
-    examined = examine_recipe(argv) if argv else Examined()
+    with Console(stderr=True).status("Examining ..."):
+        found = examine_machine()
+        examined = examine_recipe(argv) if argv else Examined()
     findings = [*found, *examined.findings]
     if as_json:
         lines = [asdict(finding) for finding in findings]
