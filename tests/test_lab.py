@@ -405,6 +405,7 @@ def test_the_lab_trains_as_the_trainer_does(cache):
     assert_same(*ended)
 
 
+@pytest.mark.slow
 def test_a_comparison_writes_table_and_picture_and_goes_on_where_it_was(cache, capsys):
     out = cache / "out"
     options = dict(task=TASK, jobs=1, pretraining_steps=30, target=0.5, **SMALL)

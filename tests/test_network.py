@@ -109,6 +109,7 @@ def finish(runs: list[subprocess.Popen], folder: Path, seconds: float = 110) -> 
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_run_across_a_network_is_the_run_on_one_host(tmp_path, hosts):
     tiny_llama().save_pretrained(tmp_path / "model")
