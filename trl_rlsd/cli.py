@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from importlib.util import find_spec
 from subprocess import CalledProcessError
 from typing import Any
@@ -236,48 +237,54 @@ def _missing(command: str, modules: Sequence[str], extra: str) -> bool:
     return bool(missing)
 
 
+def _told(command: Callable[[Any], int]) -> Callable[[Any], int]:
+    """A command whose mistakes are told in a line: they are the user's, and name field, value and fix."""
+
+    @wraps(command)
+    def run(given: Any) -> int:
+        try:
+            return command(given)
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+            print(f"trl-rlsd {command.__name__.removeprefix('_')}: {error}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+@_told
 def _quickstart(options: dict) -> int:
     if _missing("quickstart", ("reasoning_gym", "matplotlib"), "quickstart"):
         return 2
+    with _loading():
+        from trl_rlsd.quickstart import run
 
-    def start() -> int:
-        with _loading():
-            from trl_rlsd.quickstart import run
-
-        run(**options)
-        return 0
-
-    return _told("quickstart", start)
+    run(**options)
+    return 0
 
 
+@_told
 def _report(options: dict) -> int:
     if _missing("report", ("plotly",), "report"):
         return 2
-
-    def run() -> int:
-        with _loading():
-            from trl_rlsd.report.run import run_report
-        with _status("Drawing ..."):
-            path = run_report(options["output_dirs"], options["html"], smooth=options["smooth"])
-        print(f"Written: {path}")
-        return 0
-
-    return _told("report", run)
+    with _loading():
+        from trl_rlsd.report.run import run_report
+    with _status("Drawing ..."):
+        path = run_report(options["output_dirs"], options["html"], smooth=options["smooth"])
+    print(f"Written: {path}")
+    return 0
 
 
+@_told
 def _publish(options: dict) -> int:
-    def run() -> int:
-        with _loading():
-            from trl_rlsd.hub import publish
+    with _loading():
+        from trl_rlsd.hub import publish
 
-        dry_run, source = options.pop("dry_run"), options.pop("dataset")
-        texts = _texts(source) if source else []
-        print(publish(**options, private_texts=texts, dry_run=True), flush=True)
-        if not dry_run:
-            print(publish(**options, private_texts=texts))
-        return 0
-
-    return _told("publish", run)
+    dry_run, source = options.pop("dry_run"), options.pop("dataset")
+    texts = _texts(source) if source else []
+    print(publish(**options, private_texts=texts, dry_run=True), flush=True)
+    if not dry_run:
+        print(publish(**options, private_texts=texts))
+    return 0
 
 
 def _texts(source: str) -> list[str]:
@@ -289,23 +296,12 @@ def _texts(source: str) -> list[str]:
     return [text for split in load_splits(source).values() for text in texts_of(split)]
 
 
-def _told(command: str, run: Callable[[], int]) -> int:
-    """A command whose mistakes are told in a line: they are the user's, and name field, value and fix."""
-    try:
-        return run()
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"trl-rlsd {command}: {error}", file=sys.stderr)
-        return 1
-
-
+@_told
 def _inspect(argv: list[str]) -> int:
-    def run() -> int:
-        with _loading():
-            from trl_rlsd.inspection import main
+    with _loading():
+        from trl_rlsd.inspection import main
 
-        return main(argv)
-
-    return _told("inspect", run)
+    return main(argv)
 
 
 def _doctor(argv: list[str]) -> int:

@@ -50,16 +50,20 @@ def credit_page(pictures: Sequence[CreditPicture], title: str = "Token credit") 
     (template, script), scales = _template(), _scales(pictures)
     weighed = [picture for picture in pictures if any(token.weight is not None for token in picture.tokens)]
     evidence = {picture.evidence for picture in weighed if picture.evidence is not None}
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render(
         title=visible(title),
         pictures=[_view(picture, scales) for picture in pictures],
         script=script,
-        digest=digest,
+        digest=digest(script),
         additive=any(not picture.keeps_sign for picture in pictures),
         evidence=[_EVIDENCE[name] for name in sorted(evidence)],
         clip_range=next((picture.clip_range for picture in pictures if picture.clip_range is not None), None),
     )
+
+
+def digest(script: str) -> str:
+    """By which a page's policy lets a script run."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 # what a weight is taken of

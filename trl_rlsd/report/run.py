@@ -5,8 +5,6 @@ output_dirs -> Run (logs) -> plots (curves), a summary, settings, alarms, credit
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from trl_rlsd import __version__
 from trl_rlsd.files import write_whole
 from trl_rlsd.report.curves import DASHES, MAX_POINTS, OTHERS, SYMBOLS, look, running_mean, sections, short
 from trl_rlsd.report.logs import Run, load_runs, number
+from trl_rlsd.report.page import digest
 from trl_rlsd.run_record import METRICS_FILE
 from trl_rlsd.texts import visible
 
@@ -62,9 +61,7 @@ def run_report(output_dirs: Sequence[str | Path], html: str | Path, *, smooth: i
         pictures=pictures,
         plotly=plotly,
         script=script,
-        digests=[
-            base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (plotly, script, *framed)
-        ],
+        digests=list(map(digest, (plotly, script, *framed))),
     )
     write_whole(Path(html), page)
     return Path(html)

@@ -41,7 +41,9 @@ def _legend() -> Text:
 def _panel(number: int, picture: CreditPicture, prompts: bool) -> Panel:
     verdict = "better than" if picture.advantage > 0 else "worse than" if picture.advantage < 0 else "no better than"
     title = f"{number}. {verdict} its group, A = {picture.advantage:+.3f}"
-    facts = [f"{name} {'no verdict' if value is None else format(value, '.3g')}" for name, value in _rewards(picture)]
+    facts = [
+        f"{name} {'no verdict' if value is None else format(value, '.3g')}" for name, value in picture.rewards.items()
+    ]
     facts += [f"credit {picture.credit}"]
     facts += [f"lambda {picture.lam:.3g}"] if picture.lam is not None else []
     parts: list[RenderableType] = []
@@ -57,10 +59,6 @@ def _panel(number: int, picture: CreditPicture, prompts: bool) -> Panel:
         title_align="left",
         box=box.ROUNDED,
     )
-
-
-def _rewards(picture: CreditPicture) -> list[tuple[str, float | None]]:
-    return list(picture.rewards.items())
 
 
 def _prompt(label: str, text: str, marked: tuple[int, int]) -> Text:
