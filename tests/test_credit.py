@@ -16,11 +16,12 @@ from trl_rlsd.credit import (
     register_credit,
 )
 from trl_rlsd.credit import token_advantages as run
+from trl_rlsd.credit.multiplicative import verdict_gate
 
 
 CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive"]
-NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "antisd", "sdar", *CONTRASTS]
-KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt"]
+NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "rlsd_gate", "antisd", "sdar", *CONTRASTS]
+KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt", "rlsd_gate"]
 KNOBS = {"lam": 0.5, "clip_range": 0.2, "negative_only": False}
 
 
@@ -66,7 +67,8 @@ def test_what_keeps_the_sign_never_turns_the_verdict_over(batch, name, options):
     credited = token_advantages(get_credit(name), *batch, **options)
     product = credited * advantages.unsqueeze(1)
     assert (product[mask.bool()] >= 0).all()
-    if name != "rlcsd" and (options["lam"] < 1 or options["clip_range"] < 1):
+    may_be_zero = {"rlcsd": True, "rlsd_gate": options["lam"] == 1}
+    if not may_be_zero.get(name, options["lam"] == 1 and options["clip_range"] >= 1):
         strict = mask.bool() & (advantages != 0).unsqueeze(1)
         assert (product[strict] > 0).all()
 
@@ -124,7 +126,40 @@ def test_multiplicative_credit_stays_within_the_clip_range(batch, name, options)
     assert (factor <= 1 + lam * eps + 1e-5).all()
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast"]), knobs)
+@given(batches(), knobs)
+def test_a_gate_keeps_credit_between_its_uniform_share_and_the_advantage(batch, options):
+    advantages, _, _, mask = batch
+    credited = token_advantages(get_credit("rlsd_gate"), *batch, **options)
+    factor = (credited / advantages.unsqueeze(1))[mask.bool() & (advantages != 0).unsqueeze(1)]
+    assert (factor >= 1 - options["lam"] - 1e-5).all()
+    assert (factor <= 1 + 1e-5).all()
+
+
+@given(batches())
+def test_a_failure_is_blamed_once_or_as_a_whole(batch):
+    """The gates of a failed row are the chances of each token to be the first refused, and in all of them that of
+    none: together one, if the latter is counted once."""
+    _, student, teacher, mask = batch
+    evidence = gain(student.double(), teacher.double(), mask)
+    gates = verdict_gate(evidence, -torch.ones(len(mask))).masked_fill(mask == 0, 0.0)
+    none, tokens = evidence.clamp(max=0.0).sum(1).exp(), mask.sum(1)
+    somewhere = tokens > 0
+    torch.testing.assert_close(
+        (gates.sum(1) - (tokens - 1) * none)[somewhere], torch.ones(len(mask), dtype=torch.float64)[somewhere]
+    )
+
+
+def test_the_gate_equals_the_formula_computed_by_hand():
+    # refused 1/2, 0, 3/4, 0: first refused 1/2, 0, 3/8, 0, and nothing 1/8; made likelier 0, 0, 0, 1/2
+    student = torch.zeros(2, 4)
+    teacher = torch.tensor([[0.5, 1.0, 0.25, 2.0]] * 2).log()
+    options = {**KNOBS, "lam": 0.8}
+    credited = run(get_credit("rlsd_gate"), torch.tensor([1.0, -1.0]), student, teacher, torch.ones(2, 4), **options)
+    expected = [[0.2, 0.2, 0.2, 0.6], [-0.7, -0.3, -0.6, -0.3]]
+    torch.testing.assert_close(credited, torch.tensor(expected))
+
+
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlsd_gate"]), knobs)
 def test_negative_only_leaves_the_right_completions_alone(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **{**options, "negative_only": True})
@@ -160,6 +195,7 @@ BY_HAND = {
     "rlsd": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlsd_contrast": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlrt": (2 * (0.5 + 0.5 * 0.8), -2.0),
+    "rlsd_gate": (2 * (0.5 + 0.5 * (1 - 1 / math.e)), -2.0),
     "rlcsd": (2 + 0.5 * math.tanh(25), -2 + 0.5 * math.tanh(25)),
     "contrast_additive": (2 + 0.5 * 0.2, -2 + 0.5 * 0.2),
     "antisd": (2 - 0.25 * (math.log(1 + math.e) - LN2), -2 - 0.25 * (math.log(1 + math.e) - LN2)),
@@ -199,7 +235,7 @@ def test_the_additive_contrast_teaches_a_group_in_which_all_failed():
         assert (credited != 0).item() == (name not in KEEP_SIGN), name
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd"]), knobs)
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd", "rlsd_gate"]), knobs)
 def test_mean_one_moves_credit_and_adds_none(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **options)

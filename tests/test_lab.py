@@ -44,6 +44,7 @@ TASKS = [
     ChainTask(),
     ChainTask(chain_length=3, filler_share=0.0, side_computations=2),
     ChainTask(chain_length=2, filler_share=0.5),
+    ChainTask(chain_length=3, side_computations=2, hard_side_share=0.5, operands=3),
 ]
 PROMPT, RIGHT = "9A-6B*9C+8D+1=", "A9-6=3mB3*9=7C7+8=5lk5*2>0D5+1=6#6"
 
@@ -153,6 +154,15 @@ def test_side_computations_can_be_drawn_from_the_hard_facts_alone():
     assert 0.1 < sum(facts[0.0]) / 500 < 0.6
 
 
+def test_few_operands_make_few_facts():
+    task = ChainTask(chain_length=3, side_computations=2, operands=3)
+    written = [task.write(random.Random(seed))[1] for seed in range(200)]
+    facts = {(int(a), op, int(b)) for text in written for a, op, b in re.findall(r"(\d)([-+*])(\d)[=>]", text)}
+    assert {b for _, _, b in facts} == {0, 1, 2}
+    assert len(facts) == 90, "all of them are met"
+    assert set(task.hard) < facts
+
+
 def test_a_curriculum_leads_to_the_tasks_own_side_computations():
     task = ChainTask(side_computations=4)
     early = [task.write(random.Random(seed), progress=0.0)[1] for seed in range(50)]
@@ -179,6 +189,7 @@ def test_texts_survive_the_tokenizer_and_the_loss_is_on_completions():
         ("filler_share", 1.0),
         ("side_computations", -1),
         ("hard_side_share", 1.5),
+        ("operands", 0),
         ("base_accuracy", 0.0),
     ],
 )
@@ -378,7 +389,7 @@ def test_the_start_is_made_once_and_trains(cache):
 
 def test_a_run_on_the_built_in_task_reports_all_that_a_table_needs(cache):
     folder = str(start_model(TASK, 30))
-    for method in ("oracle", "rlsd_contrast", "rlsd_shuffled"):
+    for method in ("oracle", "rlsd_contrast", "rlsd_gate", "rlsd_shuffled"):
         settings = builtin_settings(method, TASK, **SMALL)
         result = run_builtin(settings, folder, 3, str(cache / method))
         assert (result["method"], result["seed"], result["steps"]) == (method, 3, 2)

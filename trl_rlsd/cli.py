@@ -165,13 +165,14 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--methods",
         type=lambda text: tuple(text.split(",")),
-        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_shuffled, "
+        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_gate, rlsd_shuffled, "
         "or any credit function",
     )
     task.add_argument("--chain-length", type=int, help="steps of a problem [4]")
     task.add_argument("--filler-share", type=float, help="share of filler letters [0.15]")
     task.add_argument("--side-computations", type=int, help="after each step, without effect on the answer [0]")
     task.add_argument("--hard-side-share", type=float, help="share of those that are drawn from the hard facts [0]")
+    task.add_argument("--operands", type=int, help="second operands are the digits below this; 30 facts to each [10]")
     task.add_argument("--base-accuracy", type=float, help="about what the start reaches, sampled [0.33]")
     task.add_argument("--problems", type=int, help="problems a step [8]")
     task.add_argument("--generations", type=int, help="completions of a problem [8]")
@@ -181,7 +182,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--jobs", type=int, help="runs at a time [one for each core, 4 at most]")
 
 
-_TASK = ("chain_length", "filler_share", "side_computations", "hard_side_share", "base_accuracy")
+_TASK = ("chain_length", "filler_share", "side_computations", "hard_side_share", "operands", "base_accuracy")
 _BUILTIN = (*_TASK, "methods", "problems", "generations", "learning_rate", "split", "imports", "jobs")
 
 

@@ -6,6 +6,11 @@ import torch
 
 from trl_rlsd import register_credit
 from trl_rlsd.credit import gain
+from trl_rlsd.credit.multiplicative import verdict_gate
+from trl_rlsd.lab.credit import dealt_anew
+
+
+_PLAIN = dict(teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
 
 
 def gated(advantages, relevance, lam):
@@ -13,9 +18,8 @@ def gated(advantages, relevance, lam):
     return advantages.unsqueeze(1) * ((1.0 - lam) + lam * relevance)
 
 
-def toward(evidence, advantages):
-    """1 - exp(-x), x the evidence in the direction of the verdict where it has that direction, else 0."""
-    return 1.0 - torch.exp(-(advantages.sign().unsqueeze(1) * evidence).clamp(min=0.0))
+def by_sign(advantages, positive, negative):
+    return torch.where(advantages.unsqueeze(1) > 0, positive, negative)
 
 
 def size(evidence):
@@ -30,25 +34,38 @@ def first_drop(evidence, mask, threshold=1.0):
     return torch.where(first.any(1, keepdim=True), first, torch.ones_like(first)).to(evidence.dtype)
 
 
-def by_sign(advantages, positive, negative):
-    return torch.where(advantages.unsqueeze(1) > 0, positive, negative)
-
-
-_PLAIN = dict(teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
-
-
-@register_credit("gate_toward", **_PLAIN)
-def gate_toward(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    return gated(advantages, toward(gain(student_logps, teacher_logps, mask), advantages), lam)
-
-
 @register_credit("gate_drop", **_PLAIN)
 def gate_drop(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
     evidence = gain(student_logps, teacher_logps, mask)
     return gated(advantages, by_sign(advantages, size(evidence), first_drop(evidence, mask)), lam)
 
 
-@register_credit("damped_blame", teacher_rows="none", keeps_sign=True, uses_lambda=True)
-def damped_blame(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """A control: less blame, on whichever token."""
-    return (advantages.unsqueeze(1) * (1.0 - lam)).expand_as(student_logps)
+@register_credit("gate_drop_sharp", **_PLAIN)
+def gate_drop_sharp(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    """As above, but a quarter of a nat is enough to be praised."""
+    evidence = gain(student_logps, teacher_logps, mask)
+    return gated(advantages, by_sign(advantages, size(4.0 * evidence), first_drop(evidence, mask)), lam)
+
+
+@register_credit("gate_drop_shuffled", **_PLAIN)
+def gate_drop_shuffled(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    """A control: the gates of `gate_drop_sharp` on other tokens of their completion."""
+    evidence = gain(student_logps, teacher_logps, mask)
+    gates = by_sign(advantages, size(4.0 * evidence), first_drop(evidence, mask))
+    return gated(advantages, dealt_anew(gates, mask), lam)
+
+
+@register_credit("gate_open", **_PLAIN)
+def gate_open(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    """`rlsd_gate`, but a success to whose tokens the reference adds nothing is praised as a whole, too."""
+    evidence = gain(student_logps, teacher_logps, mask)
+    nothing = (-evidence.clamp(min=0.0).sum(1, keepdim=True)).exp()
+    gates = verdict_gate(evidence, advantages)
+    return gated(advantages, by_sign(advantages, gates + nothing, gates), lam)
+
+
+@register_credit("gate_shuffled", **_PLAIN)
+def gate_shuffled(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    """The control of `rlsd_gate`: its gates on other tokens of their completion."""
+    gates = verdict_gate(gain(student_logps, teacher_logps, mask), advantages)
+    return gated(advantages, dealt_anew(gates, mask), lam)

@@ -80,6 +80,51 @@ def rlsd_contrast_credit(
     return _mixed(advantages, weight, lam, negative_only)
 
 
+@register_credit("rlsd_gate", teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
+def rlsd_gate_credit(
+    advantages: torch.Tensor,
+    student_logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    lam: float | torch.Tensor,
+    negative_only: bool,
+    **knobs,
+) -> torch.Tensor:
+    """RLSD as a gate: praise for what the reference made likelier, blame for the first token that it speaks against.
+
+        A_t = A * [(1 - lam) + lam * gate_t]
+        gate_t = 1 - min(1, S_t / T_t)                              where A > 0
+        gate_t = r_t prod_{u<t} (1 - r_u) + prod_u (1 - r_u)        where A < 0, r_t = 1 - min(1, T_t / S_t)
+
+    r_t is how likely speculative decoding refuses a token that the student drafts and the teacher verifies
+    (arXiv:2211.17192), so the gate is how likely t is the *first* refused; the last term, that none is, leaves a row
+    that the teacher would have written to GRPO. Later mistakes follow from the first and are not blamed, and tokens
+    that the reference says nothing about keep 1 - lam of their credit, whatever the verdict.
+
+    lam = 0 is GRPO bit for bit; with gain = 0, A < 0 is GRPO and A > 0 keeps 1 - lam. There is no clip range; the gate
+    lies in [0, 1]. Source: this package. Evidence: `tests/benchmarks/credit_search.py`, with lam = 0.9 and no decay,
+    on a toy task whose teacher is sharp; refusals add up, so a teacher that speaks against every tenth token leaves
+    nothing of the blame to the later ones.
+
+    Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats.
+    """
+    gates = verdict_gate(gain(student_logps, teacher_logps, mask), advantages)
+    return _mixed(advantages, gates, lam, negative_only)
+
+
+def verdict_gate(evidence: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """What `rlsd_gate` multiplies the advantage with at lam = 1.
+
+    Shapes: `evidence` (B, T) in nats, 0 where a token does not count, `advantages` (B,); returns (B, T) in [0, 1].
+    """
+    likelier = -torch.expm1(-evidence.clamp(min=0.0))
+    accepted = evidence.clamp(max=0.0)  # log of the chance
+    until = accepted.cumsum(1)
+    first_refused = -torch.expm1(accepted) * (until - accepted).exp() + until[:, -1:].exp()
+    return torch.where(advantages.unsqueeze(1) > 0, likelier, first_refused.clamp(max=1.0))
+
+
 @register_credit("rlrt", teacher_rows="positive_advantage", keeps_sign=True, uses_lambda=True, evidence="reversed")
 def rlrt_credit(
     advantages: torch.Tensor,

@@ -46,16 +46,23 @@ def rlsd_shuffled_credit(
     **knobs,
 ) -> torch.Tensor:
     """The control: RLSD whose gains are dealt out anew among the tokens of their completion. Whatever is left of its
-    effect is not credit. The order is drawn from a fixed seed, so that sampling is not disturbed.
+    effect is not credit.
 
     Shapes: `advantages` (B,), the others (B, T); returns (B, T).
     """
-    gains, keep = gain(student_logps, teacher_logps, mask), mask.bool()
+    dealt = dealt_anew(gain(student_logps, teacher_logps, mask), mask)
+    _, weight = signed_weight(dealt, advantages, clip_range)
+    return advantages.unsqueeze(1) * ((1.0 - lam) + lam * weight)
+
+
+def dealt_anew(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values of each row's counted tokens in another order, 0 elsewhere. The order is drawn from a fixed seed, so
+    that sampling is not disturbed. Shapes: (B, T) each."""
+    keep = mask.bool()
     generator = torch.Generator().manual_seed(int(keep.sum()))
-    draws = torch.rand(gains.shape, generator=generator).to(gains.device)
+    draws = torch.rand(values.shape, generator=generator).to(values.device)
     # row by row: the counted tokens in a drawn order, behind them the others
     order = draws.masked_fill(~keep, 2.0).argsort(dim=1)
     places = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    dealt = torch.zeros_like(gains).scatter(1, places, gains.gather(1, order))
-    _, weight = signed_weight(dealt.masked_fill(~keep, 0.0), advantages, clip_range)
-    return advantages.unsqueeze(1) * ((1.0 - lam) + lam * weight)
+    dealt = torch.zeros_like(values).scatter(1, places, values.gather(1, order))
+    return dealt.masked_fill(~keep, 0.0)

@@ -58,6 +58,8 @@ class ChainTask:
             touch.
         hard_side_share: share of the side computations that are drawn from the hard facts alone, in [0, 1]; the others
             are drawn from all. The more uncertain tokens a reward does not depend on, the more credit matters.
+        operands: second operands are the digits below this, in [1, 10]; there are 30 facts to each. With few, every
+            step of training meets all facts, and which ones it met no longer limits learning.
         base_accuracy: about what the start reaches when sampled, in (0, 1); the share of hard facts follows from it.
         seed: of the facts that are hard, and of the problems.
 
@@ -68,6 +70,7 @@ class ChainTask:
     filler_share: float = 0.15
     side_computations: int = 0
     hard_side_share: float = 0.0
+    operands: int = 10
     base_accuracy: float = 0.33
     seed: int = 0
 
@@ -77,6 +80,7 @@ class ChainTask:
             ("filler_share", 0.0, 0.9),
             ("side_computations", 0, 16),
             ("hard_side_share", 0.0, 1.0),
+            ("operands", 1, 10),
             ("base_accuracy", 0.05, 0.95),
         ):
             if not low <= getattr(self, name) <= high:
@@ -101,13 +105,14 @@ class ChainTask:
         (1 - 0.75 h)^n; base_accuracy is solved for h."""
         rng = random.Random(f"facts-{self.seed}")
         share = (1 - self.base_accuracy ** (1 / self.chain_length)) / (1 - _HARD_RIGHT)
-        facts = [(a, op, b) for a in range(10) for op in OPERATORS for b in range(10)]
+        facts = [(a, op, b) for a in range(10) for op in OPERATORS for b in range(self.operands)]
         chosen = rng.sample(facts, min(len(facts), round(share * len(facts))))
         return {fact: rng.choice([r for r in range(10) if r != result(*fact)]) for fact in chosen}
 
     def problem(self, rng: random.Random) -> Problem:
         count = self.chain_length
-        return [rng.randrange(10) for _ in range(count + 1)], [rng.choice(OPERATORS) for _ in range(count)]
+        first, *operands = [rng.randrange(size) for size in [10] + count * [self.operands]]
+        return [first, *operands], [rng.choice(OPERATORS) for _ in range(count)]
 
     def problems(self, count: int, split: str) -> Dataset:
         """Rows with `prompt`, `privileged_context` (the reference) and `answer`; those of the splits
@@ -191,7 +196,7 @@ class ChainTask:
             if self.hard_side_share and rng.random() < self.hard_side_share:
                 fact = rng.choice(list(self.hard))
             else:
-                fact = rng.randrange(10), rng.choice(OPERATORS), rng.randrange(10)
+                fact = rng.randrange(10), rng.choice(OPERATORS), rng.randrange(self.operands)
             text += f"{rng.choice(FILLERS)}{fact[0]}{fact[1]}{fact[2]}{SIDE}{self._recalled(fact, rng)}"
         return text
 
