@@ -150,13 +150,19 @@ def test_a_failure_is_blamed_once_or_as_a_whole(batch):
 
 
 def test_the_gate_equals_the_formula_computed_by_hand():
-    # refused 1/2, 0, 3/4, 0: first refused 1/2, 0, 3/8, 0, and nothing 1/8; made likelier 0, 0, 0, 1/2
+    # refused 1/2, 0, 3/4, 0: first refused 1/2, 0, 3/8, 0, none 1/8; made likelier 0, 0, 0, 1/2, none 1/2
     student = torch.zeros(2, 4)
     teacher = torch.tensor([[0.5, 1.0, 0.25, 2.0]] * 2).log()
     options = {**KNOBS, "lam": 0.8}
     credited = run(get_credit("rlsd_gate"), torch.tensor([1.0, -1.0]), student, teacher, torch.ones(2, 4), **options)
-    expected = [[0.2, 0.2, 0.2, 0.6], [-0.7, -0.3, -0.6, -0.3]]
+    expected = [[0.6, 0.6, 0.6, 1.0], [-0.7, -0.3, -0.6, -0.3]]
     torch.testing.assert_close(credited, torch.tensor(expected))
+
+
+def test_the_gate_takes_infinite_evidence():
+    evidence = torch.tensor([[0.0, -math.inf, -1.0], [0.0, math.inf, 1.0]])
+    gates = verdict_gate(evidence, torch.tensor([-1.0, 1.0]))
+    torch.testing.assert_close(gates, torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 1 - math.exp(-1)]]))
 
 
 @given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlsd_gate"]), knobs)
@@ -195,7 +201,7 @@ BY_HAND = {
     "rlsd": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlsd_contrast": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlrt": (2 * (0.5 + 0.5 * 0.8), -2.0),
-    "rlsd_gate": (2 * (0.5 + 0.5 * (1 - 1 / math.e)), -2.0),
+    "rlsd_gate": (2.0, -2.0),  # of one token: see below
     "rlcsd": (2 + 0.5 * math.tanh(25), -2 + 0.5 * math.tanh(25)),
     "contrast_additive": (2 + 0.5 * 0.2, -2 + 0.5 * 0.2),
     "antisd": (2 - 0.25 * (math.log(1 + math.e) - LN2), -2 - 0.25 * (math.log(1 + math.e) - LN2)),

@@ -55,13 +55,12 @@ def gate_drop_shuffled(advantages, student_logps, teacher_logps, mask, *, lam, *
     return gated(advantages, dealt_anew(gates, mask), lam)
 
 
-@register_credit("gate_open", **_PLAIN)
-def gate_open(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """`rlsd_gate`, but a success to whose tokens the reference adds nothing is praised as a whole, too."""
+@register_credit("gate_closed", **_PLAIN)
+def gate_closed(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    """`rlsd_gate`, but a success to which the reference adds nothing is not praised."""
     evidence = gain(student_logps, teacher_logps, mask)
-    nothing = (-evidence.clamp(min=0.0).sum(1, keepdim=True)).exp()
-    gates = verdict_gate(evidence, advantages)
-    return gated(advantages, by_sign(advantages, gates + nothing, gates), lam)
+    praise = 1.0 - torch.exp(-evidence.clamp(min=0.0))
+    return gated(advantages, by_sign(advantages, praise, verdict_gate(evidence, advantages)), lam)
 
 
 @register_credit("gate_shuffled", **_PLAIN)

@@ -48,7 +48,7 @@ CANDIDATES: dict[str, dict] = {
     "gate_drop_sharp": dict(credit="gate_drop_sharp", rlsd_lambda=0.9, **CONSTANT),
     "gate_drop_shuffled": dict(credit="gate_drop_shuffled", rlsd_lambda=0.9, **CONSTANT),
     "rlsd_gate": dict(credit="rlsd_gate", rlsd_lambda=0.9, **CONSTANT),
-    "gate_open": dict(credit="gate_open", rlsd_lambda=0.9, **CONSTANT),
+    "gate_closed": dict(credit="gate_closed", rlsd_lambda=0.9, **CONSTANT),
     "gate_shuffled": dict(credit="gate_shuffled", rlsd_lambda=0.9, **CONSTANT),
 }
 

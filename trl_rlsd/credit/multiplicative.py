@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trl_rlsd.credit.gain import gain, signed_weight
+from trl_rlsd.credit.gain import MAX_EXPONENT, gain, signed_weight
 from trl_rlsd.credit.registry import register_credit
 
 
@@ -94,18 +94,17 @@ def rlsd_gate_credit(
     """RLSD as a gate: praise for what the reference made likelier, blame for the first token that it speaks against.
 
         A_t = A * [(1 - lam) + lam * gate_t]
-        gate_t = 1 - min(1, S_t / T_t)                              where A > 0
-        gate_t = r_t prod_{u<t} (1 - r_u) + prod_u (1 - r_u)        where A < 0, r_t = 1 - min(1, T_t / S_t)
+        gate_t = p_t + prod_u (1 - p_u)                             p_t = 1 - min(1, S_t / T_t), where A > 0
+        gate_t = r_t prod_{u<t} (1 - r_u) + prod_u (1 - r_u)        r_t = 1 - min(1, T_t / S_t), where A < 0
 
     r_t is how likely speculative decoding refuses a token that the student drafts and the teacher verifies
-    (arXiv:2211.17192), so the gate is how likely t is the *first* refused; the last term, that none is, leaves a row
-    that the teacher would have written to GRPO. Later mistakes follow from the first and are not blamed, and tokens
-    that the reference says nothing about keep 1 - lam of their credit, whatever the verdict.
+    (arXiv:2211.17192), p_t the same with their parts exchanged. So the gate of a failure is how likely t is the
+    *first* refused token: later mistakes follow from it and are not blamed. The products are how likely nothing is
+    refused, and leave a row about which the reference says nothing to GRPO. Other tokens keep 1 - lam of their credit.
 
-    lam = 0 is GRPO bit for bit; with gain = 0, A < 0 is GRPO and A > 0 keeps 1 - lam. There is no clip range; the gate
-    lies in [0, 1]. Source: this package. Evidence: `tests/benchmarks/credit_search.py`, with lam = 0.9 and no decay,
-    on a toy task whose teacher is sharp; refusals add up, so a teacher that speaks against every tenth token leaves
-    nothing of the blame to the later ones.
+    lam = 0 is GRPO bit for bit, gain = 0 as well; the gate lies in [0, 1] and there is no clip range. Source: this
+    package. Evidence: `tests/benchmarks/credit_search.py`, with lam = 0.9 and no decay, on a toy task whose teacher is
+    sharp. Refusals add up: behind ten tokens that a teacher likes a tenth less each, a third of the blame is left.
 
     Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats.
     """
@@ -118,11 +117,12 @@ def verdict_gate(evidence: torch.Tensor, advantages: torch.Tensor) -> torch.Tens
 
     Shapes: `evidence` (B, T) in nats, 0 where a token does not count, `advantages` (B,); returns (B, T) in [0, 1].
     """
-    likelier = -torch.expm1(-evidence.clamp(min=0.0))
-    accepted = evidence.clamp(max=0.0)  # log of the chance
+    # the second is the log of a chance; infinite ones could not be taken away from their sum again
+    likelier, accepted = evidence.clamp(0.0, MAX_EXPONENT), evidence.clamp(-MAX_EXPONENT, 0.0)
+    praise = -torch.expm1(-likelier) + (-likelier.sum(1, keepdim=True)).exp()
     until = accepted.cumsum(1)
-    first_refused = -torch.expm1(accepted) * (until - accepted).exp() + until[:, -1:].exp()
-    return torch.where(advantages.unsqueeze(1) > 0, likelier, first_refused.clamp(max=1.0))
+    blame = -torch.expm1(accepted) * (until - accepted).exp() + until[:, -1:].exp()
+    return torch.where(advantages.unsqueeze(1) > 0, praise, blame).clamp(max=1.0)
 
 
 @register_credit("rlrt", teacher_rows="positive_advantage", keeps_sign=True, uses_lambda=True, evidence="reversed")

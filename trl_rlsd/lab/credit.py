@@ -1,5 +1,5 @@
 """What no user has: an oracle that knows the first wrong token, and a control that knows nothing. Even an oracle is a
-reference point, not a bound: blame alone did better than blame and praise in `tests/benchmarks/credit_search.py`."""
+reference point, not a bound: it praises what decided, whether or not the policy knows that already."""
 
 from __future__ import annotations
 
