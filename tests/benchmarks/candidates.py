@@ -1,4 +1,10 @@
-"""Credit functions that `credit_search.py` tries; none of them is part of the package."""
+"""Credit functions that `credit_search.py` tries; none of them is part of the package.
+
+All are A_t = A * [(1 - lam) + lam * gate_t] with a gate in [0, 1]. With S and T the student's and the teacher's
+probability of a token, p = 1 - min(1, S/T) is how far the reference made it likelier, and r = 1 - min(1, T/S) how
+likely speculative decoding (arXiv:2211.17192) refuses it, were the student its draft model and the teacher its
+verifier.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +12,76 @@ import torch
 
 from trl_rlsd import register_credit
 from trl_rlsd.credit import gain
-from trl_rlsd.credit.multiplicative import verdict_gate
 from trl_rlsd.lab.credit import dealt_anew
 
 
-_PLAIN = dict(teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
+MOST = 60.0  # nats; infinite evidence could not be taken away from a sum again
 
 
-def gated(advantages, relevance, lam):
-    """A_t = A * [(1 - lam) + lam * relevance_t], relevance in [0, 1]."""
-    return advantages.unsqueeze(1) * ((1.0 - lam) + lam * relevance)
+def gate(name, function):
+    """Register a gate: function(evidence (B, T), positive (B, 1), mask (B, T)) -> (B, T)."""
+
+    @register_credit(name, teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
+    def credit(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+        advantages = advantages.unsqueeze(1)
+        gates = function(gain(student_logps, teacher_logps, mask).clamp(-MOST, MOST), advantages > 0, mask)
+        return advantages * ((1.0 - lam) + lam * gates)
 
 
-def by_sign(advantages, positive, negative):
-    return torch.where(advantages.unsqueeze(1) > 0, positive, negative)
+def likelier(evidence):
+    """p"""
+    return -torch.expm1(-evidence.clamp(min=0.0))
 
 
-def size(evidence):
-    """1 - exp(-|x|): how much the reference matters to the token, whichever way."""
-    return 1.0 - torch.exp(-evidence.abs())
+def first_refused(evidence):
+    """The chance that a token is the first refused: r_t prod_{u<t} (1 - r_u)."""
+    accepted = evidence.clamp(max=0.0)  # log of the chance
+    return -torch.expm1(accepted) * (accepted.cumsum(1) - accepted).exp()
 
 
-def first_drop(evidence, mask, threshold=1.0):
-    """1 at the first token whose evidence falls under -threshold, else 0; all 1 where there is none."""
-    drops = (evidence < -threshold) & mask.bool()
+def silent(evidence):
+    """The chance that the reference has nothing to say about a row: its tokens together."""
+    return (-evidence.abs().sum(1, keepdim=True)).exp()
+
+
+def drop(evidence, positive, mask):
+    """Praise by |gain|; blame for the first token whose gain is under -1, for all where there is none."""
+    drops = (evidence < -1.0) & mask.bool()
     first = drops & (drops.cumsum(1) == 1)
-    return torch.where(first.any(1, keepdim=True), first, torch.ones_like(first)).to(evidence.dtype)
+    blamed = torch.where(first.any(1, keepdim=True), first, torch.ones_like(first)).to(evidence.dtype)
+    return torch.where(positive, 1.0 - torch.exp(-evidence.abs()), blamed)
 
 
-@register_credit("gate_drop", **_PLAIN)
-def gate_drop(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    evidence = gain(student_logps, teacher_logps, mask)
-    return gated(advantages, by_sign(advantages, size(evidence), first_drop(evidence, mask)), lam)
+def refusal(evidence, positive, mask):
+    """Praise for what is likelier, blame for the first refused; a row without such tokens stays with GRPO."""
+    praise = likelier(evidence) + silent(evidence.clamp(min=0.0))
+    return torch.where(positive, praise, first_refused(evidence) + silent(evidence.clamp(max=0.0)))
 
 
-@register_credit("gate_drop_sharp", **_PLAIN)
-def gate_drop_sharp(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """As above, but a quarter of a nat is enough to be praised."""
-    evidence = gain(student_logps, teacher_logps, mask)
-    return gated(advantages, by_sign(advantages, size(4.0 * evidence), first_drop(evidence, mask)), lam)
+def even(evidence, positive, mask):
+    """The same tokens for praise and blame."""
+    return likelier(evidence) + first_refused(evidence) + silent(evidence)
 
 
-@register_credit("gate_drop_shuffled", **_PLAIN)
-def gate_drop_shuffled(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """A control: the gates of `gate_drop_sharp` on other tokens of their completion."""
-    evidence = gain(student_logps, teacher_logps, mask)
-    gates = by_sign(advantages, size(4.0 * evidence), first_drop(evidence, mask))
-    return gated(advantages, dealt_anew(gates, mask), lam)
+def causal(evidence, positive, mask):
+    """The gate knows the token and those before it, and neither the verdict nor what follows: where the verdict does
+    not depend on a token, in an attempt that nothing has decided, its mean push is 0, as with GRPO."""
+    return likelier(evidence) + first_refused(evidence)
 
 
-@register_credit("gate_closed", **_PLAIN)
-def gate_closed(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """`rlsd_gate`, but a success to which the reference adds nothing is not praised."""
-    evidence = gain(student_logps, teacher_logps, mask)
-    praise = 1.0 - torch.exp(-evidence.clamp(min=0.0))
-    return gated(advantages, by_sign(advantages, praise, verdict_gate(evidence, advantages)), lam)
+def causal_dead(evidence, positive, mask):
+    """A quarter of a nat is nothing."""
+    return causal(evidence.sign() * (evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
 
 
-@register_credit("gate_shuffled", **_PLAIN)
-def gate_shuffled(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """The control of `rlsd_gate`: its gates on other tokens of their completion."""
-    gates = verdict_gate(gain(student_logps, teacher_logps, mask), advantages)
-    return gated(advantages, dealt_anew(gates, mask), lam)
+def causal_shuffled(evidence, positive, mask):
+    """A control: the same gates on other tokens of their completion."""
+    return dealt_anew(causal(evidence, positive, mask), mask)
+
+
+def causal_dead_shuffled(evidence, positive, mask):
+    return dealt_anew(causal_dead(evidence, positive, mask), mask)
+
+
+for function in (drop, refusal, even, causal, causal_dead, causal_shuffled, causal_dead_shuffled):
+    gate(f"gate_{function.__name__}", function)

@@ -6,7 +6,7 @@ import torch
 
 
 # exp() of more than this is clamped, in either direction: outside any clip range that is of use, inside float32
-MAX_EXPONENT = 60.0
+_MAX_EXPONENT = 60.0
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,6 +39,6 @@ def signed_weight(
     Source: arXiv:2604.03128, with the gain as evidence.
     """
     exponent = torch.sign(advantages).to(evidence.dtype).unsqueeze(1) * evidence
-    weight = exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
+    weight = exponent.clamp(-_MAX_EXPONENT, _MAX_EXPONENT).exp()
     clip_range = torch.as_tensor(clip_range, dtype=weight.dtype, device=weight.device)
     return weight, weight.clamp(1.0 - clip_range, 1.0 + clip_range)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trl_rlsd.credit.gain import MAX_EXPONENT, gain, signed_weight
+from trl_rlsd.credit.gain import gain, signed_weight
 from trl_rlsd.credit.registry import register_credit
 
 
@@ -78,51 +78,6 @@ def rlsd_contrast_credit(
     """
     _, weight = signed_weight(gain(wrong_logps, teacher_logps, mask), advantages, clip_range)
     return _mixed(advantages, weight, lam, negative_only)
-
-
-@register_credit("rlsd_gate", teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
-def rlsd_gate_credit(
-    advantages: torch.Tensor,
-    student_logps: torch.Tensor,
-    teacher_logps: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    lam: float | torch.Tensor,
-    negative_only: bool,
-    **knobs,
-) -> torch.Tensor:
-    """RLSD as a gate: praise for what the reference made likelier, blame for the first token that it speaks against.
-
-        A_t = A * [(1 - lam) + lam * gate_t]
-        gate_t = p_t + prod_u (1 - p_u)                             p_t = 1 - min(1, S_t / T_t), where A > 0
-        gate_t = r_t prod_{u<t} (1 - r_u) + prod_u (1 - r_u)        r_t = 1 - min(1, T_t / S_t), where A < 0
-
-    r_t is how likely speculative decoding refuses a token that the student drafts and the teacher verifies
-    (arXiv:2211.17192), p_t the same with their parts exchanged. So the gate of a failure is how likely t is the
-    *first* refused token: later mistakes follow from it and are not blamed. The products are how likely nothing is
-    refused, and leave a row about which the reference says nothing to GRPO. Other tokens keep 1 - lam of their credit.
-
-    lam = 0 is GRPO bit for bit, gain = 0 as well; the gate lies in [0, 1] and there is no clip range. Source: this
-    package. Evidence: `tests/benchmarks/credit_search.py`, with lam = 0.9 and no decay, on a toy task whose teacher is
-    sharp. Refusals add up: behind ten tokens that a teacher likes a tenth less each, a third of the blame is left.
-
-    Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats.
-    """
-    gates = verdict_gate(gain(student_logps, teacher_logps, mask), advantages)
-    return _mixed(advantages, gates, lam, negative_only)
-
-
-def verdict_gate(evidence: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """What `rlsd_gate` multiplies the advantage with at lam = 1.
-
-    Shapes: `evidence` (B, T) in nats, 0 where a token does not count, `advantages` (B,); returns (B, T) in [0, 1].
-    """
-    # the second is the log of a chance; infinite ones could not be taken away from their sum again
-    likelier, accepted = evidence.clamp(0.0, MAX_EXPONENT), evidence.clamp(-MAX_EXPONENT, 0.0)
-    praise = -torch.expm1(-likelier) + (-likelier.sum(1, keepdim=True)).exp()
-    until = accepted.cumsum(1)
-    blame = -torch.expm1(accepted) * (until - accepted).exp() + until[:, -1:].exp()
-    return torch.where(advantages.unsqueeze(1) > 0, praise, blame).clamp(max=1.0)
 
 
 @register_credit("rlrt", teacher_rows="positive_advantage", keeps_sign=True, uses_lambda=True, evidence="reversed")

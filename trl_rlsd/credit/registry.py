@@ -154,8 +154,11 @@ def token_advantages(
 
 
 def _check(credit, credited, advantages, student_logps, teacher_logps) -> None:
-    if not torch.isfinite(credited).all():
-        row, token = torch.nonzero(~torch.isfinite(credited))[0].tolist()
+    broken = ~torch.isfinite(credited)
+    if broken.any():
+        # a function that looks along the row spoils all of it: name the token that it comes from
+        source = broken & ~(torch.isfinite(student_logps) & torch.isfinite(teacher_logps))
+        row, token = torch.nonzero(source if source.any() else broken)[0].tolist()
         raise ValueError(
             f"The credit function {credit.name!r} gave {credited[row, token].item()} at row {row}, token {token} "
             f"(advantage {advantages[row].item()}, student log-prob {student_logps[row, token].item()}, teacher "

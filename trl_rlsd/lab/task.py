@@ -44,6 +44,7 @@ _RESULT = re.compile(rf"([{MARKERS}])\d[{re.escape(OPERATORS)}]\d=(\d)")
 
 # what training problems are kept apart from, in the validation and in the test split
 MOST_HELD_OUT = 2048
+LEAST_PROBLEMS = 3 * MOST_HELD_OUT
 
 Problem = tuple[list[int], list[str]]
 
@@ -59,11 +60,11 @@ class ChainTask:
         hard_side_share: share of the side computations that are drawn from the hard facts alone, in [0, 1]; the others
             are drawn from all. The more uncertain tokens a reward does not depend on, the more credit matters.
         operands: second operands are the digits below this, in [1, 10]; there are 30 facts to each. With few, every
-            step of training meets all facts, and which ones it met no longer limits learning.
+            fact is met often, and which ones a step meets no longer limits learning.
         base_accuracy: about what the start reaches when sampled, in (0, 1); the share of hard facts follows from it.
         seed: of the facts that are hard, and of the problems.
 
-    Raises: ValueError, naming the field, its value and its range.
+    Raises: ValueError, naming the field, its value and its range, or where there are too few problems for splits.
     """
 
     chain_length: int = 4
@@ -85,6 +86,12 @@ class ChainTask:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)!r} is out of range; it must be in [{low}, {high}].")
+        problems = 10 * (len(OPERATORS) * self.operands) ** self.chain_length
+        if problems < LEAST_PROBLEMS:
+            raise ValueError(
+                f"chain_length={self.chain_length} and operands={self.operands} leave {problems} problems, too few "
+                f"for separate splits; raise one of them ({LEAST_PROBLEMS} at least)."
+            )
 
     @property
     def mean_fillers(self) -> float:
