@@ -38,10 +38,11 @@ PRETRAINING_STEPS = 4000
 RATES = (5e-5, 1.25e-4, 3e-4, 7.5e-4)
 VALIDATION_SEEDS = (103, 104)
 TEST_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
-BASE: dict[str, Any] = dict(problems=4, generations=4, every=10, imports=["candidates"])
+BASE: dict[str, Any] = dict(problems=4, generations=4, imports=["candidates"])
 SPLITS: dict[str, tuple[ChainTask, dict[str, Any]]] = {
-    "validation": (TASK, dict(split="validation", steps=80, held_out=128)),
-    "test": (TEST_TASK, dict(split="test", steps=100, held_out=256)),
+    "validation": (TASK, dict(split="validation", steps=80, every=10, held_out=128)),
+    # longer, so that GRPO has the time to reach the target
+    "test": (TEST_TASK, dict(split="test", steps=200, every=20, held_out=256)),
 }
 CONSTANT = dict(rlsd_lambda_decay_steps=0)
 BLAME = dict(rlsd_lambda=0.0, rlsd_lambda_negative=0.9, **CONSTANT)
