@@ -49,7 +49,7 @@ def drop(evidence, positive, mask):
     drops = (evidence < -1.0) & mask.bool()
     first = drops & (drops.cumsum(1) == 1)
     blamed = torch.where(first.any(1, keepdim=True), first, torch.ones_like(first)).to(evidence.dtype)
-    return torch.where(positive, 1.0 - torch.exp(-evidence.abs()), blamed)
+    return torch.where(positive, likelier(evidence.abs()), blamed)
 
 
 def refusal(evidence, positive, mask):
@@ -83,5 +83,7 @@ def causal_dead_shuffled(evidence, positive, mask):
     return dealt_anew(causal_dead(evidence, positive, mask), mask)
 
 
-for function in (drop, refusal, even, causal, causal_dead, causal_shuffled, causal_dead_shuffled):
-    gate(f"gate_{function.__name__}", function)
+_GATES = (drop, refusal, even, causal, causal_dead, causal_shuffled, causal_dead_shuffled)
+GATES = {f"gate_{function.__name__}": function for function in _GATES}
+for name, function in GATES.items():
+    gate(name, function)

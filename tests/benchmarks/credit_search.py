@@ -6,8 +6,7 @@ method gets the same learning rates with the same seeds on validation problems; 
 is then run, with other seeds, on a task with other hard facts, another start and other problems. Nothing is chosen
 there.
 
-    python tests/benchmarks/credit_search.py --test grpo,oracle,rlsd_gate,gate_shuffled --control gate_shuffled \\
-        --json tests/benchmarks/results/credit_search.json
+    python tests/benchmarks/credit_search.py --test grpo,oracle,NAME --control NAME_shuffled --json FILE
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from candidates import GATES
 
 from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import builtin_settings
@@ -45,27 +46,15 @@ SPLITS: dict[str, tuple[ChainTask, dict[str, Any]]] = {
     "test": (TEST_TASK, dict(split="test", steps=200, every=20, held_out=256)),
 }
 CONSTANT = dict(rlsd_lambda_decay_steps=0)
-BLAME = dict(rlsd_lambda=0.0, rlsd_lambda_negative=0.9, **CONSTANT)
 CANDIDATES: dict[str, dict] = {
     "grpo": dict(credit="grpo"),
     "oracle": dict(credit="oracle", rlsd_lambda=0.9, **CONSTANT),
     "oracle_praise": dict(credit="oracle", rlsd_lambda=0.9, rlsd_lambda_negative=0.0, **CONSTANT),
-    "oracle_blame": dict(credit="oracle", **BLAME),
+    "oracle_blame": dict(credit="oracle", rlsd_lambda=0.0, rlsd_lambda_negative=0.9, **CONSTANT),
     "rlsd": dict(credit="rlsd"),
     "rlsd_contrast": dict(credit="rlsd_contrast", rlsd_lambda=1.0, **CONSTANT),
     "rlsd_constant": dict(credit="rlsd", rlsd_lambda=1.0, **CONSTANT),
-    **{
-        name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT)
-        for name in (
-            "gate_drop",
-            "gate_refusal",
-            "gate_even",
-            "gate_causal",
-            "gate_causal_dead",
-            "gate_causal_shuffled",
-            "gate_causal_dead_shuffled",
-        )
-    },
+    **{name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT) for name in GATES},
 }
 
 
@@ -146,9 +135,9 @@ def main() -> None:
     train_runs(runs, str(start_model(TEST_TASK, PRETRAINING_STEPS)), options.jobs)
     print(report(runs, str(folder), options.target, "grpo", "Other facts, start and problems: 4 of 111 tokens decide"))
     if options.json:
-        results = [json.loads(run.result.read_text()) for run in runs]
         result = {
-            "tasks": {"validation": vars(TASK), "test": vars(TEST_TASK)},
+            # a task's own `vars` hold its hard facts, too, once they were asked for
+            "tasks": {split: asdict(task) | {"hard": len(task.hard)} for split, (task, _) in SPLITS.items()},
             "configurations_on_validation": len(scores),
             "configurations_on_test": len(tested),
             "validation": [{"method": m, "rate": r, "late": score} for (m, r), score in scores.items()],
@@ -156,6 +145,7 @@ def main() -> None:
             "test": json.loads((folder / "comparison.json").read_text()),
         }
         if options.control:
+            results = [json.loads(run.result.read_text()) for run in runs]
             against = summarise(results, options.target, options.control)
             result["test_against_control"] = [asdict(summary) for summary in against]
         write_whole(Path(options.json), json.dumps(result, indent=1) + "\n")
