@@ -74,6 +74,15 @@ def causal_dead(evidence, positive, mask):
     return causal(evidence.sign() * (evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
 
 
+def local(evidence, positive, mask):
+    """The token alone decides, so that its mean push is 0 behind what has decided, too."""
+    return -torch.expm1(-evidence.abs())
+
+
+def local_dead(evidence, positive, mask):
+    return local((evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
+
+
 def causal_shuffled(evidence, positive, mask):
     """A control: the same gates on other tokens of their completion."""
     return dealt_anew(causal(evidence, positive, mask), mask)
@@ -83,7 +92,17 @@ def causal_dead_shuffled(evidence, positive, mask):
     return dealt_anew(causal_dead(evidence, positive, mask), mask)
 
 
-_GATES = (drop, refusal, even, causal, causal_dead, causal_shuffled, causal_dead_shuffled)
+def local_shuffled(evidence, positive, mask):
+    return dealt_anew(local(evidence, positive, mask), mask)
+
+
+def local_dead_shuffled(evidence, positive, mask):
+    return dealt_anew(local_dead(evidence, positive, mask), mask)
+
+
+_CHOICES = (drop, refusal, even, causal, causal_dead, local, local_dead)
+_CONTROLS = (causal_shuffled, causal_dead_shuffled, local_shuffled, local_dead_shuffled)
+_GATES = _CHOICES + _CONTROLS
 GATES = {f"gate_{function.__name__}": function for function in _GATES}
 for name, function in GATES.items():
     gate(name, function)

@@ -36,7 +36,7 @@ TASK = ChainTask(
 )
 TEST_TASK = replace(TASK, seed=1)
 PRETRAINING_STEPS = 4000
-RATES = (5e-5, 1.25e-4, 3e-4, 7.5e-4)
+RATES = (7e-5, 1.5e-4, 3e-4)
 VALIDATION_SEEDS = (103, 104)
 TEST_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 BASE: dict[str, Any] = dict(problems=4, generations=4, imports=["candidates"])
