@@ -79,13 +79,23 @@ def test_tokens_are_the_decoded_text_and_parts_of_a_character_have_their_names()
 
 
 def test_excess_is_credit_in_a_success_and_blame_in_a_failure():
-    assert picture(1.0).excess[:2] == pytest.approx([0.1, -0.1], abs=1e-9)
-    assert picture(-1.0).excess[:2] == pytest.approx([-0.1, 0.1], abs=1e-9), "a failure blames what lost probability"
+    for sign in (1.0, -1.0):
+        one = picture(sign)
+        even = sum(token.credit for token in one.tokens) / len(one.tokens)
+        assert one.excess == pytest.approx([sign * (token.credit - even) for token in one.tokens], abs=1e-9)
+        assert one.excess[0] * sign > 0.09 > 0 > -0.09 > one.excess[1] * sign, "a failure blames what lost probability"
     assert (picture(1.0).most.start, picture(1.0).least.start) == (0, 1)
     plain = picture(1.0, gains=(0.0,) * 4)
     assert plain.most is plain.least is None
     outside = replace(picture(1.0).tokens[0], counts=False)
     assert replace(picture(1.0), tokens=(outside, *picture(1.0).tokens[1:])).excess[0] is None
+
+
+def test_a_gate_takes_from_most_and_still_gives_some_more_than_an_even_share():
+    tokens = tuple(Token(text, 0.0, None, -credit) for text, credit in zip("abcd", (0.1, 0.1, 0.8, 0.1), strict=True))
+    one = replace(picture(-1.0), tokens=tokens, credit="rlsd_gate", evidence=None)
+    assert one.excess == pytest.approx([-0.175, -0.175, 0.525, -0.175])
+    assert (one.most.start, one.most.end) == (2, 3)
 
 
 def test_the_privileged_part_is_what_the_students_prompt_lacks():
@@ -106,7 +116,7 @@ class Watched(RLSDTrainer):
         self.seen.append((dict(batch), student_logps, credited.clone()))
 
 
-@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "grpo"])
+@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "rlsd_gate", "grpo"])
 def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
     monkeypatch.setattr("conftest.RLSDTrainer", Watched)
     own = trainer(tmp_path, credit=credit, contrast_reward_below=3.0, contrast_reference="completion")
@@ -135,7 +145,7 @@ def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
             assert one.student_prompt == one.teacher_prompt[-len(one.student_prompt) :]
             assert set(one.rewards) == {"byte_reward"}
             for token in one.tokens:
-                if credit == "opsd":
+                if credit in ("opsd", "rlsd_gate"):
                     assert token.weight is None
                 elif token.weight is not None:
                     factor = 0.5 + 0.5 * min(max(token.weight, 0.8), 1.2)

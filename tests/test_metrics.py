@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_rlsd.credit import gain, signed_weight
-from trl_rlsd.metrics import TOKEN_METRICS, MetricSums, gain_metrics, place_metrics, sign_agreement, weight_metrics
+from trl_rlsd.metrics import (
+    TOKEN_METRICS,
+    MetricSums,
+    factor_metrics,
+    gain_metrics,
+    place_metrics,
+    sign_agreement,
+    weight_metrics,
+)
 
 
 def credit_metrics(advantages, student_logps, teacher_logps, mask, *, clip_range):
@@ -108,6 +116,16 @@ def test_what_the_teacher_moves_is_found_on_the_answer():
     answer = torch.tensor([[False, False, False, True], [False, False, False, True]])
     part, whole = place_metrics(credited, torch.tensor([1.0, -1.0]), mask, answer)["moved_on_answer"]
     assert (part.item(), whole.item()) == (0.5, 1.0)
+
+
+def test_the_factors_of_a_gate_are_counted_by_sign():
+    credited = torch.tensor([[2.0, 0.2, 0.2, 9.0], [-0.1, -1.0, -0.1, -0.4], [0.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+    factors = factor_metrics(credited, torch.tensor([2.0, -1.0, 0.0]), mask)
+    assert {name: (value.item(), count.item()) for name, (value, count) in factors.items()} == {
+        "weight_mean_pos": (pytest.approx(1.2), 3),
+        "weight_mean_neg": (pytest.approx(1.6), 4),
+    }
 
 
 def test_two_references_agree_where_they_move_a_token_the_same_way():

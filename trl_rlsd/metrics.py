@@ -112,6 +112,24 @@ def weight_metrics(
     )
 
 
+def factor_metrics(credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Pairs:
+    """The factors of a credit that keeps the sign and has no clipped weight.
+
+    - `weight_mean_pos`, `weight_mean_neg`: mean of A_t / A over tokens with A > 0, with A < 0. A gate gives 1 - lambda
+      where the teacher says nothing, and 1 where it speaks for or against every token.
+
+    Shapes: `credited`, `mask` (B, T), `advantages` (B,); values: see [`gain_metrics`].
+    """
+    own = advantages.unsqueeze(1)
+    factor = credited / torch.where(own == 0, 1.0, own)
+    return _pairs(
+        {
+            "weight_mean_pos": (factor, mask.bool() & (own > 0)),
+            "weight_mean_neg": (factor, mask.bool() & (own < 0)),
+        }
+    )
+
+
 def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
     """(values, where they count) -> (sum, count)."""
     return {
@@ -128,7 +146,8 @@ def place_metrics(
     - `credit_quarter_1` to `_4`: share of the sum of |A_t| in each quarter of a completion's tokens; about 0.25 each
       with GRPO.
     - `credit_on_answer`: share of the sum of |A_t| on the final answer, `answer` (B, T).
-    - `moved_on_answer`: share of the sum of |A_t - A|, what the teacher added or took, on the final answer.
+    - `moved_on_answer`: share of the sum of |A_t - A|, what the teacher added or took, on the final answer. A gate
+      takes, so there it is small where the credit goes.
     - `tokens_on_answer`: share of the tokens, for comparison.
 
     Shapes: `credited`, `mask` (B, T), `advantages` (B,); values are pairs of 0-dim float32 tensors (part, whole).

@@ -16,7 +16,7 @@ from trl_rlsd import losses
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import gain, get_credit, informative, lambda_at, mean_one, signed_weight, token_advantages
 from trl_rlsd.images import TeacherPrompts
-from trl_rlsd.metrics import gain_metrics, place_metrics, sign_agreement, weight_metrics
+from trl_rlsd.metrics import factor_metrics, gain_metrics, place_metrics, sign_agreement, weight_metrics
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -154,7 +154,8 @@ class TokenCredit:
         return signed_weight(evidence, batch["advantages"], self.clip_range(batch["advantages"]))
 
     def metrics(self, batch: Batch, student_logps: torch.Tensor, credited: torch.Tensor) -> dict:
-        """See [`gain_metrics`], [`weight_metrics`], [`place_metrics`]; empty where no teacher has scored."""
+        """See [`gain_metrics`], [`weight_metrics`], [`factor_metrics`], [`place_metrics`]; empty where no teacher has
+        scored."""
         if "teacher_scored" not in batch:
             return {}
         advantages, scored = batch["advantages"], counted(batch) * batch["teacher_scored"].unsqueeze(1)
@@ -166,6 +167,8 @@ class TokenCredit:
         values |= gain_metrics(advantages, gains, scored)
         if (weights := self.weights(batch, gains, scored)) is not None:
             values |= weight_metrics(advantages, *weights, scored * batch.get("credit_span", 1))
+        elif self.credit.keeps_sign:
+            values |= factor_metrics(credited, advantages, scored * batch.get("credit_span", 1))
         return values
 
 

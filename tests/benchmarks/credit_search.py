@@ -3,8 +3,8 @@
 The regime: the built-in task with few facts (90), so that each is met often, and five side computations after each of
 three steps, most of them on hard facts: 4 of 111 tokens decide the reward, and few rollouts must tell which. Every
 method gets the same learning rates with the same seeds on validation problems; the rate with the highest late accuracy
-is then run, with other seeds, on a task with other hard facts, another start and other problems. Nothing is chosen
-there.
+is then run, with other seeds, on a task with other hard facts, another start and other problems. What is chosen there
+needs a further task (`--task-seed 2`).
 
     python tests/benchmarks/credit_search.py --test grpo,oracle,NAME --control NAME_shuffled --json FILE
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 from candidates import GATES
 
+from trl_rlsd.credit import get_credit
 from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import builtin_settings
 from trl_rlsd.lab.compare import Run, report, train_runs
@@ -34,16 +35,15 @@ from trl_rlsd.lab.task import ChainTask
 TASK = ChainTask(
     chain_length=3, filler_share=0.0, side_computations=5, hard_side_share=0.7, operands=3, base_accuracy=0.27
 )
-TEST_TASK = replace(TASK, seed=1)
 PRETRAINING_STEPS = 4000
 RATES = (7e-5, 1.5e-4, 3e-4)
 VALIDATION_SEEDS = (103, 104)
-TEST_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
+TEST_SEEDS = 8
 BASE: dict[str, Any] = dict(problems=4, generations=4, imports=["candidates"])
-SPLITS: dict[str, tuple[ChainTask, dict[str, Any]]] = {
-    "validation": (TASK, dict(split="validation", steps=80, every=10, held_out=128)),
+SIZES: dict[str, dict[str, Any]] = {
+    "validation": dict(split="validation", steps=80, every=10, held_out=128),
     # longer, so that GRPO has the time to reach the target
-    "test": (TEST_TASK, dict(split="test", steps=200, every=20, held_out=256)),
+    "test": dict(split="test", steps=200, every=20, held_out=256),
 }
 CONSTANT = dict(rlsd_lambda_decay_steps=0)
 CANDIDATES: dict[str, dict] = {
@@ -54,7 +54,7 @@ CANDIDATES: dict[str, dict] = {
     "rlsd": dict(credit="rlsd"),
     "rlsd_contrast": dict(credit="rlsd_contrast", rlsd_lambda=1.0, **CONSTANT),
     "rlsd_constant": dict(credit="rlsd", rlsd_lambda=1.0, **CONSTANT),
-    **{name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT) for name in GATES},
+    **{name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT) for name in ("rlsd_gate", "rlsd_gate_shuffled", *GATES)},
 }
 
 
@@ -67,7 +67,7 @@ def validation_runs(
             Run(
                 method,
                 seed,
-                _settings(method, rate, "validation"),
+                _settings(method, rate, TASK, "validation"),
                 folder / "validation" / method / f"{rate:g}-{seed}",
             )
             for seed in VALIDATION_SEEDS
@@ -77,12 +77,12 @@ def validation_runs(
     }
 
 
-def _settings(method: str, rate: float, split: str) -> dict:
-    task, sizes = SPLITS[split]
+def _settings(method: str, rate: float, task: ChainTask, split: str) -> dict:
     fields = {**CANDIDATES[method], "learning_rate": rate}
-    settings = builtin_settings(fields.pop("credit"), task, **sizes, **BASE, **fields)
+    settings = builtin_settings(fields.pop("credit"), task, **SIZES[split], **BASE, **fields)
     # the controls call what does not stand in their file
-    return {**settings, "method": method, "called": source_hash(dealt_anew)}
+    called = [source_hash(function) for function in (dealt_anew, get_credit("rlsd_gate").function)]
+    return {**settings, "method": method, "called": called}
 
 
 def late(run: Run, target: float) -> float:
@@ -101,11 +101,17 @@ def search(methods: list[str], folder: Path, target: float, jobs: int | None) ->
     return scores, chosen
 
 
-def test_runs(tested: dict[str, tuple[str, float]], folder: Path) -> list[Run]:
-    """`tested`: name -> method and rate."""
+def test_runs(tested: dict[str, tuple[str, float]], task: ChainTask, folder: Path) -> list[Run]:
+    """`tested`: name -> method and rate. Each task has seeds of its own."""
+    first = 1 + 10 * (task.seed - 1)
     return [
-        Run(name, seed, {**_settings(method, rate, "test"), "method": name}, folder / "test" / name / f"seed-{seed}")
-        for seed in TEST_SEEDS
+        Run(
+            name,
+            seed,
+            {**_settings(method, rate, task, "test"), "method": name},
+            folder / f"test-{task.seed}" / name / f"seed-{seed}",
+        )
+        for seed in range(first, first + TEST_SEEDS)
         for name, (method, rate) in tested.items()
     ]
 
@@ -115,34 +121,51 @@ def main() -> None:
     parser.add_argument("--folder", default="credit-search-output")
     parser.add_argument("--methods", help="for the search [all]")
     parser.add_argument("--test", help="methods for the test: NAME, at the rate that was chosen, or NAME@RATE")
+    parser.add_argument("--task-seed", type=int, default=1, choices=range(1, 10), help="of the test's task [1]")
     parser.add_argument("--control", help="one of them that differences are taken to as well as to grpo")
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--json")
     options = parser.parse_args()
     folder = Path(options.folder)
-    methods = options.methods.split(",") if options.methods else list(CANDIDATES)
     named = {name: name.partition("@")[::2] for name in (options.test or "").split(",") if name}
-    if named and ("grpo" not in named or not {method for method, _ in named.values()} <= set(methods)):
-        parser.error(f"--test {options.test} must have grpo, and no method that is not searched: {', '.join(methods)}")
+    # where all rates are given there is nothing to search
+    every = [] if named and all(rate for _, rate in named.values()) else list(CANDIDATES)
+    methods = options.methods.split(",") if options.methods else every
+    if unknown := {*methods, *(method for method, _ in named.values())} - set(CANDIDATES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(CANDIDATES)}")
+    baseline = next((name for name, (method, _) in named.items() if method == "grpo"), None)
+    if named and not baseline:
+        parser.error(f"--test {options.test} must have grpo")
+    if open_rates := [name for name, (method, rate) in named.items() if not rate and method not in methods]:
+        parser.error(f"--test has {', '.join(open_rates)} without a rate, and --methods does not search it")
     if options.control and options.control not in named:
         parser.error(f"--control {options.control} must be one of --test {options.test}")
-    scores, chosen = search(methods, folder, options.target, options.jobs)
+    scores, chosen = search(methods, folder, options.target, options.jobs) if methods else ({}, {})
     if not named:
         return
     tested = {name: (method, float(rate) if rate else chosen[method]) for name, (method, rate) in named.items()}
-    runs = test_runs(tested, folder)
-    train_runs(runs, str(start_model(TEST_TASK, PRETRAINING_STEPS)), options.jobs)
-    print(report(runs, str(folder), options.target, "grpo", "Other facts, start and problems: 4 of 111 tokens decide"))
+    task = replace(TASK, seed=options.task_seed)
+    runs = test_runs(tested, task, folder)
+    train_runs(runs, str(start_model(task, PRETRAINING_STEPS)), options.jobs)
+    reported = folder / f"test-{task.seed}"
+    print(
+        report(
+            runs, str(reported), options.target, baseline, "Other facts, start and problems: 4 of 111 tokens decide"
+        )
+    )
     if options.json:
         result = {
             # a task's own `vars` hold its hard facts, too, once they were asked for
-            "tasks": {split: asdict(task) | {"hard": len(task.hard)} for split, (task, _) in SPLITS.items()},
+            "tasks": {
+                split: asdict(which) | {"hard": len(which.hard)}
+                for split, which in (("validation", TASK), ("test", task))
+            },
             "configurations_on_validation": len(scores),
             "configurations_on_test": len(tested),
             "validation": [{"method": m, "rate": r, "late": score} for (m, r), score in scores.items()],
             "rates": {name: rate for name, (_, rate) in tested.items()},
-            "test": json.loads((folder / "comparison.json").read_text()),
+            "test": json.loads((reported / "comparison.json").read_text()),
         }
         if options.control:
             results = [json.loads(run.result.read_text()) for run in runs]

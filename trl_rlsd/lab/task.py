@@ -61,8 +61,8 @@ class ChainTask:
             are drawn from all. The more uncertain tokens a reward does not depend on, the more credit matters.
         operands: second operands are the digits below this, in [1, 10]; there are 30 facts to each. With few, every
             fact is met often, and which ones a step meets no longer limits learning.
-        base_accuracy: about what the start reaches when sampled, in (0, 1); the share of hard facts follows from it. With
-            few operands only roughly: results are not met equally often.
+        base_accuracy: about what the start reaches when sampled, in (0, 1); the share of hard facts follows from it.
+            With few operands only roughly: results are not met equally often.
         seed: of the facts that are hard, and of the problems.
 
     Raises: ValueError, naming the field, its value and its range, or where there are too few problems for splits.
