@@ -128,14 +128,6 @@ def test_few_groups_a_step_are_no_alarm(accuracy, group, groups):
             assert alarms.update(step, {"frac_reward_zero_std": equal_share}) == {}
 
 
-def test_a_gate_that_opens_for_the_answer_alone_is_answer_copying():
-    """It moves nothing there: it takes from all the others."""
-    alarms, places = Alarms(), {"rlsd/moved_on_answer": 0.0, "rlsd/tokens_on_answer": 0.1}
-    spoken = [alarms.update(step, {**places, "rlsd/credit_on_answer": 0.526}) for step in range(3)]
-    assert list(spoken[-1]) == ["answer_copying"]
-    assert "holds 43% more of the credit" in spoken[-1]["answer_copying"]
-
-
 def test_alarms_can_be_switched_off_and_moved(caplog, tmp_path):
     assert alarms_of(caplog, tmp_path, **PROVOKED["clip_saturation"], alarm_steps=0) == []
     caplog.clear()

@@ -37,9 +37,9 @@ ADVICE = {
     "teacher's terse style. Lower rlsd_lambda, let it decay, or use a credit with contrast.",
     "leakage": "{value:.0%} of the completions cite, or share their words with, what only the teacher reads. Lower "
     "rlsd_lambda, let it decay, or use a credit that keeps the sign with a small clip range; never `opsd` for long.",
-    "answer_copying": "the final answer, which the teacher has read, holds {value:.0%} more of the credit, or of what "
-    "the teacher adds or takes, than its share of the tokens. Use credit_span='before_answer', or privileged context "
-    "that shows how, not what.",
+    "answer_copying": "the final answer, which the teacher has read, holds {value:.0%} more of what the teacher adds "
+    "or takes than its share of the tokens. Use credit_span='before_answer', or privileged context that shows how, "
+    "not what.",
     "no_informative_groups": "{value:.0%} of the groups have equal rewards, so that there is nothing to learn from. "
     "Use easier or harder problems, more generations, or check the reward.",
     "no_wrong_references": "{value:.0%} of the rows found no wrong reference and fall back. Check contrast_reference "
@@ -98,9 +98,7 @@ class Alarms:
         if leaks:
             values["leakage"] = self._above_first("leakage", max(leaks))
         if "rlsd/moved_on_answer" in logs:
-            # a gate puts credit on the answer by taking it from the rest
-            most = max(logs["rlsd/moved_on_answer"], logs.get("rlsd/credit_on_answer", 0.0))
-            values["answer_copying"] = most - logs["rlsd/tokens_on_answer"]
+            values["answer_copying"] = logs["rlsd/moved_on_answer"] - logs["rlsd/tokens_on_answer"]
         if "rlsd/no_contrast" in logs:
             values["no_wrong_references"] = logs["rlsd/no_contrast"]
         if logs.get("frac_reward_zero_std") is not None:

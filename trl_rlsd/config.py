@@ -294,6 +294,11 @@ class RLSDConfig(GRPOConfig):
                 f"credit_mean_one=True rescales by the mean of the credit, which for credit={self.credit!r} can be 0 "
                 "or of the other sign. Use a credit that keeps the sign, or leave it False."
             )
+        if self.credit_mean_one and credit.evidence == "gate":
+            raise ValueError(
+                f"credit_mean_one=True would multiply what little credit={self.credit!r} leaves of a row about which "
+                "the reference says nothing, without a bound. Leave it False."
+            )
         if self.rlsd_negative_only and credit.name in _NOT_REWEIGHTED:
             raise ValueError(
                 f"rlsd_negative_only=True is for a credit that reweights advantages; credit={self.credit!r} adds to "

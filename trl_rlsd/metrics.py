@@ -113,10 +113,10 @@ def weight_metrics(
 
 
 def factor_metrics(credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Pairs:
-    """The factors of a credit that keeps the sign and has no clipped weight.
+    """The factors of a gate.
 
-    - `weight_mean_pos`, `weight_mean_neg`: mean of A_t / A over tokens with A > 0, with A < 0. A gate gives 1 - lambda
-      where the teacher says nothing, and 1 where it speaks for or against every token.
+    - `weight_mean_pos`, `weight_mean_neg`: mean of A_t / A over tokens with A > 0, with A < 0: 1 - lambda where the
+      teacher says nothing, 1 where it speaks for or against every token.
 
     Shapes: `credited`, `mask` (B, T), `advantages` (B,); values: see [`gain_metrics`].
     """
@@ -139,22 +139,22 @@ def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
 
 
 def place_metrics(
-    credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None
+    credited: torch.Tensor, plain: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None
 ) -> Pairs:
     """Where in the completions the credit lies.
 
     - `credit_quarter_1` to `_4`: share of the sum of |A_t| in each quarter of a completion's tokens; about 0.25 each
       with GRPO.
     - `credit_on_answer`: share of the sum of |A_t| on the final answer, `answer` (B, T).
-    - `moved_on_answer`: share of the sum of |A_t - A|, what the teacher added or took, on the final answer. A gate
-      takes, so there it is small where the credit goes.
+    - `moved_on_answer`: share of the sum of |A_t - plain|, what the teacher added or took, on the final answer.
     - `tokens_on_answer`: share of the tokens, for comparison.
 
-    Shapes: `credited`, `mask` (B, T), `advantages` (B,); values are pairs of 0-dim float32 tensors (part, whole).
+    Shapes: `credited`, `mask` (B, T), `plain`, A or what a silent teacher leaves of it, (B, T) or (B, 1);
+    values are pairs of 0-dim float32 tensors (part, whole).
     """
     counted = mask.bool()
     size = credited.abs().float().masked_fill(~counted, 0.0)
-    moved = (credited - advantages.unsqueeze(1)).abs().float().masked_fill(~counted, 0.0)
+    moved = (credited - plain).abs().float().masked_fill(~counted, 0.0)
     position, length = counted.cumsum(1) - 1, counted.sum(1, keepdim=True).clamp(min=1)
     quarter = (4 * position) // length
     values = {

@@ -6,7 +6,10 @@ method gets the same learning rates with the same seeds on validation problems; 
 is then run, with other seeds, on a task with other hard facts, another start and other problems. What is chosen there
 needs a further task (`--task-seed 2`).
 
-    python tests/benchmarks/credit_search.py --test grpo,oracle,NAME --control NAME_shuffled --json FILE
+    python tests/benchmarks/credit_search.py --test grpo,oracle,rlsd_gate,rlsd_gate_shuffled \
+        --control rlsd_gate_shuffled --json FILE
+    python tests/benchmarks/credit_search.py --test grpo@1.5e-4,rlsd_gate@1.5e-4,rlsd_gate_shuffled@1.5e-4 \
+        --task-seed 2 --control rlsd_gate_shuffled --json FILE
 """
 
 from __future__ import annotations
@@ -109,69 +112,83 @@ def test_runs(tested: dict[str, tuple[str, float]], task: ChainTask, folder: Pat
             name,
             seed,
             {**_settings(method, rate, task, "test"), "method": name},
-            folder / f"test-{task.seed}" / name / f"seed-{seed}",
+            folder / name / f"seed-{seed}",
         )
         for seed in range(first, first + TEST_SEEDS)
         for name, (method, rate) in tested.items()
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="credit-search-output")
-    parser.add_argument("--methods", help="for the search [all]")
-    parser.add_argument("--test", help="methods for the test: NAME, at the rate that was chosen, or NAME@RATE")
+def methods_with_rates(text: str) -> dict[str, tuple[str, float | None]]:
+    """ "grpo,oracle@1e-4" -> name -> method and rate; the name has the rate only where it tells two from each other."""
+    pairs = [part.partition("@")[::2] for part in text.split(",")]
+    methods = [method for method, _ in pairs]
+    return {
+        f"{method}@{rate}" if methods.count(method) > 1 else method: (method, float(rate) if rate else None)
+        for method, rate in pairs
+    }
+
+
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; a mistake is told before anything is trained."""
+    parser.add_argument("--folder", type=Path, default=Path("credit-search-output"))
+    parser.add_argument("--methods", help="for the search [all; none where --test has all rates]")
+    parser.add_argument(
+        "--test",
+        type=methods_with_rates,
+        default={},
+        help="NAMEs with commas between, each at the rate that was chosen, or as NAME@RATE",
+    )
     parser.add_argument("--task-seed", type=int, default=1, choices=range(1, 10), help="of the test's task [1]")
     parser.add_argument("--control", help="one of them that differences are taken to as well as to grpo")
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--jobs", type=int)
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    folder = Path(options.folder)
-    named = {name: name.partition("@")[::2] for name in (options.test or "").split(",") if name}
-    # where all rates are given there is nothing to search
-    every = [] if named and all(rate for _, rate in named.values()) else list(CANDIDATES)
-    methods = options.methods.split(",") if options.methods else every
-    if unknown := {*methods, *(method for method, _ in named.values())} - set(CANDIDATES):
+    every = [] if options.test and all(rate for _, rate in options.test.values()) else list(CANDIDATES)
+    options.methods = options.methods.split(",") if options.methods else every
+    if unknown := {*options.methods, *(method for method, _ in options.test.values())} - set(CANDIDATES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(CANDIDATES)}")
-    baseline = next((name for name, (method, _) in named.items() if method == "grpo"), None)
-    if named and not baseline:
-        parser.error(f"--test {options.test} must have grpo")
-    if open_rates := [name for name, (method, rate) in named.items() if not rate and method not in methods]:
+    if options.test and "grpo" not in options.test:
+        parser.error("--test must have grpo, once")
+    if open_rates := [m for m, rate in options.test.values() if rate is None and m not in options.methods]:
         parser.error(f"--test has {', '.join(open_rates)} without a rate, and --methods does not search it")
-    if options.control and options.control not in named:
-        parser.error(f"--control {options.control} must be one of --test {options.test}")
-    scores, chosen = search(methods, folder, options.target, options.jobs) if methods else ({}, {})
-    if not named:
+    if options.control and options.control not in options.test:
+        parser.error(f"--control {options.control} must be one of --test: {', '.join(options.test)}")
+    return options
+
+
+def main() -> None:
+    options = options_of(
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    )
+    scores: dict[tuple[str, float], float] = {}
+    chosen: dict[str, float] = {}
+    if options.methods:
+        scores, chosen = search(options.methods, options.folder, options.target, options.jobs)
+    if not options.test:
         return
-    tested = {name: (method, float(rate) if rate else chosen[method]) for name, (method, rate) in named.items()}
-    task = replace(TASK, seed=options.task_seed)
+    tested = {name: (method, rate or chosen[method]) for name, (method, rate) in options.test.items()}
+    task, folder = replace(TASK, seed=options.task_seed), options.folder / f"test-{options.task_seed}"
     runs = test_runs(tested, task, folder)
     train_runs(runs, str(start_model(task, PRETRAINING_STEPS)), options.jobs)
-    reported = folder / f"test-{task.seed}"
-    print(
-        report(
-            runs, str(reported), options.target, baseline, "Other facts, start and problems: 4 of 111 tokens decide"
-        )
-    )
-    if options.json:
-        result = {
-            # a task's own `vars` hold its hard facts, too, once they were asked for
-            "tasks": {
-                split: asdict(which) | {"hard": len(which.hard)}
-                for split, which in (("validation", TASK), ("test", task))
-            },
-            "configurations_on_validation": len(scores),
-            "configurations_on_test": len(tested),
-            "validation": [{"method": m, "rate": r, "late": score} for (m, r), score in scores.items()],
-            "rates": {name: rate for name, (_, rate) in tested.items()},
-            "test": json.loads((reported / "comparison.json").read_text()),
-        }
-        if options.control:
-            results = [json.loads(run.result.read_text()) for run in runs]
-            against = summarise(results, options.target, options.control)
-            result["test_against_control"] = [asdict(summary) for summary in against]
-        write_whole(Path(options.json), json.dumps(result, indent=1) + "\n")
+    title = "Other facts, start and problems: 4 of 111 tokens decide"
+    print(report(runs, str(folder), options.target, "grpo", title))
+    if not options.json:
+        return
+    results = [json.loads(run.result.read_text()) for run in runs]
+    result = {
+        # a task's own `vars` hold its hard facts, too, once they were asked for
+        "task": asdict(task) | {"hard": len(task.hard)},
+        "start": fmean(result["curve"][0]["sampled"] for result in results),
+        "rates": {name: rate for name, (_, rate) in tested.items()},
+        "validation": [{"method": m, "rate": r, "late": score} for (m, r), score in scores.items()],
+        "test": json.loads((folder / "comparison.json").read_text()),
+    }
+    if options.control:
+        against = summarise(results, options.target, options.control)
+        result["test_against_control"] = [asdict(summary) for summary in against]
+    write_whole(options.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
