@@ -120,7 +120,7 @@ def test_runs(tested: dict[str, tuple[str, float]], task: ChainTask, folder: Pat
 
 
 def methods_with_rates(text: str) -> dict[str, tuple[str, float | None]]:
-    """ "grpo,oracle@1e-4" -> name -> method and rate; the name has the rate only where it tells two from each other."""
+    """NAME,NAME@RATE -> name -> method and rate; a name has its rate only where that tells two from each other."""
     pairs = [part.partition("@")[::2] for part in text.split(",")]
     methods = [method for method, _ in pairs]
     return {
