@@ -273,8 +273,6 @@ def test_mistakes_are_named(tmp_path):
         config(tmp_path, contrast_reference="answers")
     with pytest.raises(ValueError, match="credit_mean_one=True"):
         config(tmp_path, credit="opsd", credit_mean_one=True)
-    with pytest.raises(ValueError, match="credit_mean_one=True would multiply what little credit='rlsd_gate' leaves"):
-        config(tmp_path, credit="rlsd_gate", credit_mean_one=True)
     for credit in ("rlrt", "opsd", "contrast_additive"):
         with pytest.raises(ValueError, match="rlsd_negative_only=True is for a credit that reweights"):
             config(tmp_path, credit=credit, rlsd_negative_only=True)

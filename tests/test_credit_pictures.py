@@ -88,14 +88,6 @@ def test_excess_is_credit_in_a_success_and_blame_in_a_failure():
     assert replace(picture(1.0), tokens=(outside, *picture(1.0).tokens[1:])).excess[0] is None
 
 
-def test_excess_of_a_gate_is_over_what_a_silent_teacher_leaves():
-    inside = [Token(text, 0.0, None, -credit, plain=-0.1) for text, credit in zip("abc", (0.1, 0.1, 0.8), strict=True)]
-    tokens = *inside, Token("d", 0.0, None, -1.0, plain=-1.0)  # outside the span
-    one = replace(picture(-1.0), tokens=tokens, credit="rlsd_gate", evidence="gate")
-    assert one.excess == pytest.approx([0, 0, 0.7, 0])
-    assert (one.most.start, one.most.end) == (2, 3)
-
-
 def test_the_privileged_part_is_what_the_students_prompt_lacks():
     one = picture()
     start, end = one.privileged
@@ -114,7 +106,7 @@ class Watched(RLSDTrainer):
         self.seen.append((dict(batch), student_logps, credited.clone()))
 
 
-@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "rlsd_gate", "grpo"])
+@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "grpo"])
 def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
     monkeypatch.setattr("conftest.RLSDTrainer", Watched)
     own = trainer(tmp_path, credit=credit, contrast_reward_below=3.0, contrast_reference="completion")
@@ -143,10 +135,8 @@ def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
             assert one.student_prompt == one.teacher_prompt[-len(one.student_prompt) :]
             assert set(one.rewards) == {"byte_reward"}
             for token in one.tokens:
-                if credit in ("opsd", "rlsd_gate"):
+                if credit == "opsd":
                     assert token.weight is None
-                    plain = one.advantage * (0.5 if credit == "rlsd_gate" else 1)
-                    assert token.plain == pytest.approx(plain, abs=1e-6)
                 elif token.weight is not None:
                     factor = 0.5 + 0.5 * min(max(token.weight, 0.8), 1.2)
                     assert token.credit == pytest.approx(one.advantage * factor, abs=1e-5)

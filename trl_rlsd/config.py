@@ -49,8 +49,8 @@ class RLSDConfig(GRPOConfig):
     credit: str = field(
         default="rlsd",
         metadata={
-            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_gate', 'rlsd_contrast', "
-            "'rlcsd', 'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
+            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_contrast', 'rlcsd', "
+            "'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
         },
     )
     rlsd_lambda: float = field(
@@ -293,11 +293,6 @@ class RLSDConfig(GRPOConfig):
             raise ValueError(
                 f"credit_mean_one=True rescales by the mean of the credit, which for credit={self.credit!r} can be 0 "
                 "or of the other sign. Use a credit that keeps the sign, or leave it False."
-            )
-        if self.credit_mean_one and credit.evidence == "gate":
-            raise ValueError(
-                f"credit_mean_one=True would multiply what little credit={self.credit!r} leaves of a row about which "
-                "the reference says nothing, without a bound. Leave it False."
             )
         if self.rlsd_negative_only and credit.name in _NOT_REWEIGHTED:
             raise ValueError(

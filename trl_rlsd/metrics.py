@@ -112,24 +112,6 @@ def weight_metrics(
     )
 
 
-def factor_metrics(credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Pairs:
-    """The factors of a gate.
-
-    - `weight_mean_pos`, `weight_mean_neg`: mean of A_t / A over tokens with A > 0, with A < 0: 1 - lambda where the
-      teacher says nothing, 1 where it speaks for or against every token.
-
-    Shapes: `credited`, `mask` (B, T), `advantages` (B,); values: see [`gain_metrics`].
-    """
-    own = advantages.unsqueeze(1)
-    factor = credited / torch.where(own == 0, 1.0, own)
-    return _pairs(
-        {
-            "weight_mean_pos": (factor, mask.bool() & (own > 0)),
-            "weight_mean_neg": (factor, mask.bool() & (own < 0)),
-        }
-    )
-
-
 def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
     """(values, where they count) -> (sum, count)."""
     return {
@@ -139,22 +121,21 @@ def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
 
 
 def place_metrics(
-    credited: torch.Tensor, plain: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None
+    credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None
 ) -> Pairs:
     """Where in the completions the credit lies.
 
     - `credit_quarter_1` to `_4`: share of the sum of |A_t| in each quarter of a completion's tokens; about 0.25 each
       with GRPO.
     - `credit_on_answer`: share of the sum of |A_t| on the final answer, `answer` (B, T).
-    - `moved_on_answer`: share of the sum of |A_t - plain|, what the teacher added or took, on the final answer.
+    - `moved_on_answer`: share of the sum of |A_t - A|, what the teacher added or took, on the final answer.
     - `tokens_on_answer`: share of the tokens, for comparison.
 
-    Shapes: `credited`, `mask` (B, T), `plain`, A or what a silent teacher leaves of it, (B, T) or (B, 1);
-    values are pairs of 0-dim float32 tensors (part, whole).
+    Shapes: `credited`, `mask` (B, T), `advantages` (B,); values are pairs of 0-dim float32 tensors (part, whole).
     """
     counted = mask.bool()
     size = credited.abs().float().masked_fill(~counted, 0.0)
-    moved = (credited - plain).abs().float().masked_fill(~counted, 0.0)
+    moved = (credited - advantages.unsqueeze(1)).abs().float().masked_fill(~counted, 0.0)
     position, length = counted.cumsum(1) - 1, counted.sum(1, keepdim=True).clamp(min=1)
     quarter = (4 * position) // length
     values = {

@@ -1,4 +1,4 @@
-"""Credit functions that `credit_search.py` tries. What won there is the package's `rlsd_gate`.
+"""Credit functions that `credit_search.py` tries; none of them is part of the package.
 
 All are A_t = A * [(1 - lam) + lam * gate_t] with a gate in [0, 1]. With S and T the student's and the teacher's
 probability of a token, p = 1 - min(1, S/T) is how far the reference made it likelier, and r = 1 - min(1, T/S) how
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from trl_rlsd import register_credit
-from trl_rlsd.credit import gain, get_credit
+from trl_rlsd.credit import gain
 from trl_rlsd.lab.credit import dealt_anew
 
 
@@ -64,7 +64,8 @@ def even(evidence, positive, mask):
 
 
 def causal(evidence, positive, mask):
-    """The gate knows the token and those before it, and neither the verdict nor what follows."""
+    """As `refusal`, but the same for both verdicts and without what follows, so that it pushes nothing towards what
+    the teacher likes before anything has decided."""
     return likelier(evidence) + first_refused(evidence)
 
 
@@ -79,20 +80,21 @@ def causal_dead_shuffled(evidence, positive, mask):
 
 
 def local(evidence, positive, mask):
-    """The token alone decides, so that its mean push is 0 behind what has decided, too: `rlsd_gate` without a dead
-    zone."""
+    """The token alone decides, so that one on which the verdict does not depend, and that student and teacher write
+    alike in all contexts, is pushed nowhere on average; with the others that holds before anything has decided."""
     return -torch.expm1(-evidence.abs())
 
 
-@register_credit("rlsd_gate_shuffled", teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
-def rlsd_gate_shuffled_credit(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
-    """A control: the gates of `rlsd_gate` on other tokens of their completion."""
-    own = get_credit("rlsd_gate").function
-    gates = own(torch.ones_like(advantages), student_logps, teacher_logps, mask, lam=1.0, negative_only=False)
-    return advantages.unsqueeze(1) * ((1.0 - lam) + lam * dealt_anew(gates, mask))
+def local_dead(evidence, positive, mask):
+    return local((evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
 
 
-_GATES = (drop, refusal, even, causal, causal_dead, causal_dead_shuffled, local)
-GATES = {f"gate_{function.__name__}": function for function in _GATES}
+def local_dead_shuffled(evidence, positive, mask):
+    return dealt_anew(local_dead(evidence, positive, mask), mask)
+
+
+_CHOICES = (drop, refusal, even, causal, causal_dead, local, local_dead)
+_CONTROLS = (causal_dead_shuffled, local_dead_shuffled)
+GATES = {f"gate_{function.__name__}": function for function in _CHOICES + _CONTROLS}
 for name, function in GATES.items():
     gate(name, function)

@@ -6,10 +6,10 @@ method gets the same learning rates with the same seeds on validation problems; 
 is then run, with other seeds, on a task with other hard facts, another start and other problems. What is chosen there
 needs a further task (`--task-seed 2`).
 
-    python tests/benchmarks/credit_search.py --test grpo,oracle,rlsd_gate,rlsd_gate_shuffled \
-        --control rlsd_gate_shuffled --json FILE
-    python tests/benchmarks/credit_search.py --test grpo@1.5e-4,rlsd_gate@1.5e-4,rlsd_gate_shuffled@1.5e-4 \
-        --task-seed 2 --control rlsd_gate_shuffled --json FILE
+    python tests/benchmarks/credit_search.py --test grpo,oracle,gate_local_dead,gate_local_dead_shuffled \
+        --control gate_local_dead_shuffled --json FILE
+    python tests/benchmarks/credit_search.py --task-seed 2 --control gate_local_dead_shuffled --json FILE \
+        --test grpo@1.5e-4,gate_local_dead@1.5e-4,gate_local_dead_shuffled@1.5e-4
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 
 from candidates import GATES
 
-from trl_rlsd.credit import get_credit
 from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import builtin_settings
 from trl_rlsd.lab.compare import Run, report, train_runs
@@ -57,7 +56,7 @@ CANDIDATES: dict[str, dict] = {
     "rlsd": dict(credit="rlsd"),
     "rlsd_contrast": dict(credit="rlsd_contrast", rlsd_lambda=1.0, **CONSTANT),
     "rlsd_constant": dict(credit="rlsd", rlsd_lambda=1.0, **CONSTANT),
-    **{name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT) for name in ("rlsd_gate", "rlsd_gate_shuffled", *GATES)},
+    **{name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT) for name in GATES},
 }
 
 
@@ -84,8 +83,7 @@ def _settings(method: str, rate: float, task: ChainTask, split: str) -> dict:
     fields = {**CANDIDATES[method], "learning_rate": rate}
     settings = builtin_settings(fields.pop("credit"), task, **SIZES[split], **BASE, **fields)
     # the controls call what does not stand in their file
-    called = [source_hash(function) for function in (dealt_anew, get_credit("rlsd_gate").function)]
-    return {**settings, "method": method, "called": called}
+    return {**settings, "method": method, "called": source_hash(dealt_anew)}
 
 
 def late(run: Run, target: float) -> float:

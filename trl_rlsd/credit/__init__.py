@@ -15,7 +15,7 @@ the plain GRPO credit, no gradient reaches the log-probs.
     gain            what a reference adds to a token's log-probability, and the multiplier that it becomes
     registry        names, and the laws
     schedule        lambda over time
-    multiplicative  grpo, rlsd, rlsd_contrast, rlsd_gate, rlrt
+    multiplicative  grpo, rlsd, rlsd_contrast, rlrt
     additive        opsd, grpo_opsd, rlcsd, contrast_additive, antisd, sdar
 
 CSCR (arXiv:2607.27888) is not among them: neither its formula nor its code could be found.

@@ -8,10 +8,6 @@ from trl_rlsd.credit.gain import gain, signed_weight
 from trl_rlsd.credit.registry import register_credit
 
 
-# nats; evidence below this counts as none
-_DEAD_ZONE = 0.25
-
-
 @register_credit("grpo", teacher_rows="none", keeps_sign=True, uses_lambda=False)
 def grpo_credit(
     advantages: torch.Tensor, student_logps: torch.Tensor, teacher_logps: torch.Tensor, mask: torch.Tensor, **knobs
@@ -82,44 +78,6 @@ def rlsd_contrast_credit(
     """
     _, weight = signed_weight(gain(wrong_logps, teacher_logps, mask), advantages, clip_range)
     return _mixed(advantages, weight, lam, negative_only)
-
-
-@register_credit("rlsd_gate", teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True, evidence="gate")
-def rlsd_gate_credit(
-    advantages: torch.Tensor,
-    student_logps: torch.Tensor,
-    teacher_logps: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    lam: float | torch.Tensor,
-    negative_only: bool,
-    **knobs,
-) -> torch.Tensor:
-    """RLSD as a gate: praise and blame alike go to the tokens that the reference makes likelier or rarer.
-
-        A_t    = A * [(1 - lam) + lam * gate_t]
-        gate_t = 1 - exp(-max(|gain_t| - 1/4, 0))
-
-    But for the dead zone of 1/4 nat (that there is one was chosen on validation problems, its width was not tuned),
-    the gate is 1 - min(S_t / T_t, T_t / S_t): 0 where teacher and student agree, near 1 where the reference changes
-    everything. lam = 0 is GRPO bit for bit; gain = 0 gives (1 - lam) * A, an infinite one A. The gate lies in [0, 1],
-    so there is no clip range. `negative_only` gates the rows with A < 0 alone.
-
-    Whether what the teacher likes is good is left to the verdict. A token that the verdict does not depend on, and
-    that student and teacher write alike in all contexts, is pushed nowhere on average, as with GRPO, where RLSD drifts
-    to what the teacher likes. Limits: this takes the same lambda for both signs, and no `negative_only`. What the
-    teacher likes after right steps alone is learned, and no clip bounds that. There is no baseline: where success is
-    likely whatever the token, one that the teacher dislikes can be praised although it does harm, up to 40 points of
-    success in the example of `tests/test_theory.py`, which has the others, too.
-
-    A token that is not scored keeps all of A, so it weighs up to 1 / (1 - lam) times as much as a scored one: mind
-    that with `credit_span`, and where rows have no context.
-
-    Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats. Source: this package.
-    Evidence, with lam = 0.9 and no decay, which are not the config's defaults: @@@
-    """
-    evidence = (gain(student_logps, teacher_logps, mask).abs() - _DEAD_ZONE).clamp(min=0.0)
-    return _mixed(advantages, -torch.expm1(-evidence), lam, negative_only)
 
 
 @register_credit("rlrt", teacher_rows="positive_advantage", keeps_sign=True, uses_lambda=True, evidence="reversed")

@@ -32,7 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo_opsd": {"credit": "grpo_opsd", "rlsd_lambda": 1.0, "rlsd_lambda_decay_steps": 0},
     "rlsd": {"credit": "rlsd"},
     "rlsd_contrast": {"credit": "rlsd_contrast"},
-    "rlsd_gate": {"credit": "rlsd_gate", "rlsd_lambda": 0.9, "rlsd_lambda_decay_steps": 0},
     "oracle": {"credit": "oracle", "rlsd_lambda": 0.9, "rlsd_lambda_decay_steps": 0},
     "rlsd_shuffled": {"credit": "rlsd_shuffled"},
 }

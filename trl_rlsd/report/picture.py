@@ -25,7 +25,6 @@ class Token:
         credit: A_t.
         clip: "low" or "high" where the weight was clipped, else "".
         counts: whether the loss counts it; a tool's tokens and padding it does not.
-        plain: what the credit is compared with: A (None), or with a gate what a silent teacher leaves of it.
     """
 
     text: str
@@ -34,7 +33,6 @@ class Token:
     credit: float
     clip: str = ""
     counts: bool = True
-    plain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ class CreditPicture:
         student_prompt, teacher_prompt: exactly as they were read, special tokens included; the teacher's is None where
             it read nothing of this row, or its prompt is not kept. `wrong_prompt`: of a contrast, the one with a wrong
             reference.
-        evidence: what the weight is taken of: the "gain", it "reversed", the "contrast" of two references; a "gate"
-            and None have no weight.
+        evidence: what the weight is taken of: the "gain", it "reversed", the "contrast" of two references, or None.
         rewards: by the reward function's name; None where one gave no verdict.
         credit: the credit function's name. `keeps_sign`: whether its credit has the sign of A or is 0.
         lam, clip_range: lambda and eps_w in force for this row; None where the credit function has none.
@@ -89,12 +86,10 @@ class CreditPicture:
 
     @property
     def excess(self) -> list[float | None]:
-        """By how much each token's credit, or blame where A < 0, is above the plain one; None where it does not count.
+        """By how much each token's credit, or blame where A < 0, is above the plain A; None where it does not count.
         0 everywhere with GRPO. For a credit of either sign, A_t - A."""
         sign = -1.0 if self.keeps_sign and self.advantage < 0 else 1.0
-        plain = [self.advantage if token.plain is None else token.plain for token in self.tokens]
-        pairs = zip(self.tokens, plain, strict=True)
-        return [sign * (token.credit - own) if token.counts else None for token, own in pairs]
+        return [sign * (token.credit - self.advantage) if token.counts else None for token in self.tokens]
 
     @property
     def most(self) -> Span | None:
