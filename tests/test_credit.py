@@ -21,6 +21,7 @@ from trl_rlsd.credit import token_advantages as run
 CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive"]
 NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "antisd", "sdar", *CONTRASTS]
 KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt"]
+NO_LAMBDA = ["grpo", "opsd"]
 KNOBS = {"lam": 0.5, "clip_range": 0.2, "negative_only": False}
 
 
@@ -51,16 +52,17 @@ knobs = st.fixed_dictionaries({"lam": st.floats(0, 1), "clip_range": st.floats(0
 
 def test_credit_functions_say_what_they_need():
     declared = {name: get_credit(name) for name in NAMES}
-    assert {name for name in NAMES if not declared[name].uses_lambda} == {"grpo", "opsd"}
+    assert {name for name in NAMES if not declared[name].uses_lambda} == set(NO_LAMBDA)
     assert {name for name in NAMES if declared[name].keeps_sign} == set(KEEP_SIGN)
     assert {name for name in NAMES if declared[name].contrast} == set(CONTRASTS)
-    rows = {name: declared[name].teacher_rows for name in NAMES}
-    additive = {"opsd", "grpo_opsd", "contrast_additive", "antisd", "sdar"}
-    assert {name for name in NAMES if rows[name] == "all"} == additive
-    assert (rows["grpo"], rows["rlrt"], rows["rlsd"]) == ("none", "positive_advantage", "nonzero_advantage")
+    every_row = dict.fromkeys(["opsd", "grpo_opsd", "contrast_additive", "antisd", "sdar"], "all")
+    rows = dict.fromkeys(NAMES, "nonzero_advantage") | every_row | {"grpo": "none", "rlrt": "positive_advantage"}
+    assert {name: declared[name].teacher_rows for name in NAMES} == rows
+    weighed = {"rlsd": "gain", "rlsd_contrast": "contrast", "rlrt": "reversed"}
+    assert {name: declared[name].evidence for name in NAMES if declared[name].evidence} == weighed
 
 
-@given(batches(), st.sampled_from([name for name in NAMES if name not in ("grpo", "opsd")]))
+@given(batches(), st.sampled_from([name for name in NAMES if name not in NO_LAMBDA]))
 def test_lambda_zero_is_grpo_bit_for_bit(batch, name):
     advantages, student, teacher, mask = batch
     credited = token_advantages(get_credit(name), *batch, **{**KNOBS, "lam": 0.0})

@@ -70,7 +70,7 @@ def causal(evidence, positive, mask):
 
 
 def causal_dead(evidence, positive, mask):
-    """A quarter of a nat is nothing."""
+    """Gains under a quarter of a nat count as 0, larger ones are reduced by it."""
     return causal(evidence.sign() * (evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
 
 
@@ -80,16 +80,19 @@ def causal_dead_shuffled(evidence, positive, mask):
 
 
 def local(evidence, positive, mask):
-    """The token alone decides, so that one on which the verdict does not depend, and that student and teacher write
-    alike in all contexts, is pushed nowhere on average; with the others that holds before anything has decided."""
+    """A token's own gain, of either sign: no memory of the tokens before it, and the same for both verdicts. A token
+    on which the verdict does not depend is then pushed nowhere on average, if teacher and student each treat it alike
+    whatever came before; with `causal` that holds only until something has decided."""
     return -torch.expm1(-evidence.abs())
 
 
 def local_dead(evidence, positive, mask):
+    """See `causal_dead`."""
     return local((evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
 
 
 def local_dead_shuffled(evidence, positive, mask):
+    """A control: the same gates on other tokens of their completion."""
     return dealt_anew(local_dead(evidence, positive, mask), mask)
 
 

@@ -3,12 +3,14 @@
 The regime: the built-in task with few facts (90), so that each is met often, and five side computations after each of
 three steps, most of them on hard facts: 4 of 111 tokens decide the reward, and few rollouts must tell which. Every
 method gets the same learning rates with the same seeds on validation problems; the rate with the highest late accuracy
-is then run, with other seeds, on a task with other hard facts, another start and other problems. What is chosen there
-needs a further task (`--task-seed 2`).
+is then run, with other seeds, on a task with other hard facts, another start and other problems. A method chosen by
+its result there needs a further task (`--task-seed 2`). The stored results come from
 
-    python tests/benchmarks/credit_search.py --test grpo,oracle,gate_local_dead,gate_local_dead_shuffled \
-        --control gate_local_dead_shuffled --json FILE
-    python tests/benchmarks/credit_search.py --task-seed 2 --control gate_local_dead_shuffled --json FILE \
+    known=grpo,oracle,oracle_praise,oracle_blame,rlsd,rlsd_constant
+    gates=gate_local,gate_local_dead,gate_causal,gate_causal_dead,gate_causal_dead_shuffled
+    python tests/benchmarks/credit_search.py --methods $known,$gates --control gate_causal_dead_shuffled --json FILE \
+        --test grpo,oracle,gate_causal_dead,gate_causal_dead_shuffled,gate_local_dead,rlsd_constant
+    python tests/benchmarks/credit_search.py --control gate_local_dead_shuffled --json FILE --task-seed 2 \
         --test grpo@1.5e-4,gate_local_dead@1.5e-4,gate_local_dead_shuffled@1.5e-4
 """
 
@@ -121,10 +123,13 @@ def methods_with_rates(text: str) -> dict[str, tuple[str, float | None]]:
     """NAME,NAME@RATE -> name -> method and rate; a name has its rate only where that tells two from each other."""
     pairs = [part.partition("@")[::2] for part in text.split(",")]
     methods = [method for method, _ in pairs]
-    return {
-        f"{method}@{rate}" if methods.count(method) > 1 else method: (method, float(rate) if rate else None)
+    named = {
+        f"{method}@{rate}" if rate and methods.count(method) > 1 else method: (method, float(rate) if rate else None)
         for method, rate in pairs
     }
+    if len(named) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text} has one twice")
+    return named
 
 
 def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -143,17 +148,30 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    every = [] if options.test and all(rate for _, rate in options.test.values()) else list(CANDIDATES)
+    if not 0 < options.target <= 1:
+        parser.error(f"--target {options.target} is out of range; it is a share of right answers, in (0, 1]")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} is out of range; it must be at least 1")
+    if options.json and not options.test:
+        parser.error("--json keeps the results of --test, which is not given")
+    every = [] if options.test and all(rate is not None for _, rate in options.test.values()) else list(CANDIDATES)
     options.methods = options.methods.split(",") if options.methods else every
     if unknown := {*options.methods, *(method for method, _ in options.test.values())} - set(CANDIDATES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(CANDIDATES)}")
     if options.test and "grpo" not in options.test:
-        parser.error("--test must have grpo, once")
+        parser.error("--test must have grpo; with several rates, one of them as plain grpo")
     if open_rates := [m for m, rate in options.test.values() if rate is None and m not in options.methods]:
         parser.error(f"--test has {', '.join(open_rates)} without a rate, and --methods does not search it")
     if options.control and options.control not in options.test:
         parser.error(f"--control {options.control} must be one of --test: {', '.join(options.test)}")
     return options
+
+
+def curve_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What a run's held-out problems said while it was trained."""
+    names = ("step", "sampled", "greedy", "leak", "length")
+    curve = {name: [round(point[name], 4) for point in result["curve"]] for name in names}
+    return {"method": result["method"], "seed": result["seed"], **curve}
 
 
 def main() -> None:
@@ -166,7 +184,9 @@ def main() -> None:
         scores, chosen = search(options.methods, options.folder, options.target, options.jobs)
     if not options.test:
         return
-    tested = {name: (method, rate or chosen[method]) for name, (method, rate) in options.test.items()}
+    tested = {
+        name: (method, chosen[method] if rate is None else rate) for name, (method, rate) in options.test.items()
+    }
     task, folder = replace(TASK, seed=options.task_seed), options.folder / f"test-{options.task_seed}"
     runs = test_runs(tested, task, folder)
     train_runs(runs, str(start_model(task, PRETRAINING_STEPS)), options.jobs)
@@ -182,6 +202,7 @@ def main() -> None:
         "rates": {name: rate for name, (_, rate) in tested.items()},
         "validation": [{"method": m, "rate": r, "late": score} for (m, r), score in scores.items()],
         "test": json.loads((folder / "comparison.json").read_text()),
+        "runs": [curve_of(result) for result in results],
     }
     if options.control:
         against = summarise(results, options.target, options.control)

@@ -142,7 +142,7 @@ class ChainTask:
     def _rows(self, count: int, split: str, without: set[str]) -> dict[str, list[str]]:
         rng = random.Random(f"{split}-{self.seed}")
         rows: dict[str, list[str]] = {"prompt": [], "privileged_context": [], "answer": []}
-        while len(rows["prompt"]) < count:  # ends: of LEAST_PROBLEMS, draws that repeat leave an eighth
+        while len(rows["prompt"]) < count:  # ends: the other splits' draws leave a quarter of LEAST_PROBLEMS
             problem = self.problem(rng)
             if prompt_of(problem) in without:
                 continue
