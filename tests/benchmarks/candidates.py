@@ -44,6 +44,11 @@ def silent(evidence):
     return (-evidence.abs().sum(1, keepdim=True)).exp()
 
 
+def beyond_the_dead_zone(evidence):
+    """Gains under a quarter of a nat count as 0, larger ones are reduced by it."""
+    return evidence.sign() * (evidence.abs() - 0.25).clamp(min=0.0)
+
+
 def drop(evidence, positive, mask):
     """Praise by |gain|; blame for the first token whose gain is under -1, for all where there is none."""
     drops = (evidence < -1.0) & mask.bool()
@@ -60,7 +65,7 @@ def refusal(evidence, positive, mask):
 
 def even(evidence, positive, mask):
     """The same tokens for praise and blame."""
-    return likelier(evidence) + first_refused(evidence) + silent(evidence)
+    return causal(evidence, positive, mask) + silent(evidence)
 
 
 def causal(evidence, positive, mask):
@@ -70,8 +75,7 @@ def causal(evidence, positive, mask):
 
 
 def causal_dead(evidence, positive, mask):
-    """Gains under a quarter of a nat count as 0, larger ones are reduced by it."""
-    return causal(evidence.sign() * (evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
+    return causal(beyond_the_dead_zone(evidence), positive, mask)
 
 
 def causal_dead_shuffled(evidence, positive, mask):
@@ -83,12 +87,11 @@ def local(evidence, positive, mask):
     """A token's own gain, of either sign: no memory of the tokens before it, and the same for both verdicts. A token
     on which the verdict does not depend is then pushed nowhere on average, if teacher and student each treat it alike
     whatever came before; with `causal` that holds only until something has decided."""
-    return -torch.expm1(-evidence.abs())
+    return likelier(evidence.abs())
 
 
 def local_dead(evidence, positive, mask):
-    """See `causal_dead`."""
-    return local((evidence.abs() - 0.25).clamp(min=0.0), positive, mask)
+    return local(beyond_the_dead_zone(evidence), positive, mask)
 
 
 def local_dead_shuffled(evidence, positive, mask):

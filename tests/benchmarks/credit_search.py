@@ -39,7 +39,6 @@ from trl_rlsd.lab.task import ChainTask
 TASK = ChainTask(
     chain_length=3, filler_share=0.0, side_computations=5, hard_side_share=0.7, operands=3, base_accuracy=0.27
 )
-PRETRAINING_STEPS = 4000
 RATES = (7e-5, 1.5e-4, 3e-4)
 VALIDATION_SEEDS = (103, 104)
 TEST_SEEDS = 8
@@ -62,9 +61,7 @@ CANDIDATES: dict[str, dict] = {
 }
 
 
-def validation_runs(
-    methods: Iterable[str], folder: Path, rates: Iterable[float]
-) -> dict[tuple[str, float], list[Run]]:
+def validation_runs(methods: Iterable[str], folder: Path) -> dict[tuple[str, float], list[Run]]:
     """By method and rate."""
     return {
         (method, rate): [
@@ -77,7 +74,7 @@ def validation_runs(
             for seed in VALIDATION_SEEDS
         ]
         for method in methods
-        for rate in rates
+        for rate in RATES
     }
 
 
@@ -95,8 +92,8 @@ def late(run: Run, target: float) -> float:
 
 def search(methods: list[str], folder: Path, target: float, jobs: int | None) -> tuple[dict, dict[str, float]]:
     """Late accuracy by method and rate on validation problems, and the best rate of each method."""
-    grid = validation_runs(methods, folder, RATES)
-    train_runs([run for runs in grid.values() for run in runs], str(start_model(TASK, PRETRAINING_STEPS)), jobs)
+    grid = validation_runs(methods, folder)
+    train_runs([run for runs in grid.values() for run in runs], str(start_model(TASK)), jobs)
     scores = {key: fmean(late(run, target) for run in runs) for key, runs in grid.items()}
     chosen = {method: max(RATES, key=lambda rate: scores[method, rate]) for method in methods}
     for method in methods:
@@ -189,7 +186,7 @@ def main() -> None:
     }
     task, folder = replace(TASK, seed=options.task_seed), options.folder / f"test-{options.task_seed}"
     runs = test_runs(tested, task, folder)
-    train_runs(runs, str(start_model(task, PRETRAINING_STEPS)), options.jobs)
+    train_runs(runs, str(start_model(task)), options.jobs)
     title = "Other facts, start and problems: 4 of 111 tokens decide"
     print(report(runs, str(folder), options.target, "grpo", title))
     if not options.json:
