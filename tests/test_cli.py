@@ -1,16 +1,22 @@
 """The command line, on real processes."""
 
+import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 from conftest import assert_same, byte_tokenizer, dataset, tiny_llama
 from datasets import DatasetDict
+from huggingface_hub import utils as hub
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import logging as transformers_logging
 
 from trl_rlsd import cli
 from trl_rlsd.train import load_splits, main, make_parser
@@ -183,6 +189,35 @@ def test_quickstart_runs_on_any_model(tmp_path):
     assert (out / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "summary.json").read_text()) == summary
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_quickstart_leaves_the_process_as_talkative_as_it_was(tmp_path):
+    """It can be called from a notebook, whose own bars, warnings and log records must come through afterwards."""
+    quickstart = pytest.importorskip("trl_rlsd.quickstart")
+    logger = logging.getLogger("trl_rlsd")
+
+    def state():
+        bars = not datasets.are_progress_bars_disabled(), not hub.are_progress_bars_disabled()
+        heard = logger.handlers, logger.propagate, logger.level, list(warnings.filters)
+        return *bars, transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity(), *heard
+
+    def switched(datasets_bars, hub_bars, transformers_bars):
+        log = transformers_logging
+        (log.enable_progress_bar if transformers_bars else log.disable_progress_bar)()
+        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()
+        (datasets.enable_progress_bars if datasets_bars else datasets.disable_progress_bars)()
+
+    before = state()
+    try:
+        for bars in itertools.product((True, False), repeat=3):
+            switched(*bars)
+            was = state()
+            assert was[:3] == bars
+            with pytest.raises(OSError, match="no-such-model"):
+                quickstart.run(model=str(tmp_path / "no-such-model"), output_dir=str(tmp_path / "out"))
+            assert state() == was
+    finally:
+        switched(*before[:3])
 
 
 def test_plain_text_models_get_plain_text_prompts(tmp_path):

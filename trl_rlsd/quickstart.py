@@ -12,12 +12,15 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import utils as hub
 from huggingface_hub.constants import HF_HOME
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
@@ -48,6 +51,38 @@ PROBLEMS, HELD_OUT = 192, 48
 COMPLETION_TOKENS = 16
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave on the screen what a newcomer can use: TRL's deprecation notices go, the two prompts stay. Afterwards the
+    process, a notebook perhaps, speaks as it did before."""
+    logger, verbosity = logging.getLogger("trl_rlsd"), transformers_logging.get_verbosity()
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    bars = transformers_logging.is_progress_bar_enabled()
+    silent, hub_silent = are_progress_bars_disabled(), hub.are_progress_bars_disabled()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        try:
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            disable_progress_bars()
+            logger.handlers, logger.propagate = [handler], False
+            logger.setLevel(logging.INFO)
+            yield
+        finally:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
+            # the switch of transformers' bars is the Hub's as well
+            (hub.disable_progress_bars if hub_silent else hub.enable_progress_bars)()
+            if not silent:
+                enable_progress_bars()
+
+
+@_quiet()
 def run(
     model: str | None = None,
     output_dir: str = "quickstart-output",
@@ -60,7 +95,6 @@ def run(
     Returns the summary that it also writes to `summary.json`.
     """
     started = time.perf_counter()
-    _quieten()
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = model or str(bundled_model())
@@ -292,19 +326,6 @@ def draw_reward(rewards: list[float], path: Path, title: str) -> None:
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def _quieten() -> None:
-    """Leave on the screen what a newcomer can use: TRL's deprecation notices go, the two prompts stay."""
-    warnings.filterwarnings("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("trl_rlsd")
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
 
 
 def _report(summary: dict[str, Any], held_out: Dataset, before: dict, after: dict, folder: Path) -> None:
