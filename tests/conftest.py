@@ -16,7 +16,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from hypothesis import settings
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,6 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl_rlsd import RLSDConfig, RLSDTrainer
 from trl_rlsd.rewards.sandbox import Bubblewrap
 
+
+# an example can take long while other tests have the cores
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -193,6 +199,11 @@ def browser(chromium):
         assert {url for url in asked if url != "about:srcdoc"} == {path.as_uri()}
 
     return opened
+
+
+@pytest.fixture(autouse=True, scope="session")
+def accelerate_state():
+    PartialState()  # its loggers ask for it, and not every test builds a trainer
 
 
 @pytest.fixture(autouse=True)

@@ -158,12 +158,14 @@ class Records(logging.Handler):
 def test_the_self_check_shows_both_prompts_once(tmp_path, conversational):
     handler = Records()
     logger = logging.getLogger("trl_rlsd")
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         trainer(tmp_path, data=dataset(conversational=conversational)).train()
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     shown = [m for m in handler.messages if "The teacher reads" in m]
     assert len(shown) == 1
     student, teacher = shown[0].split("The teacher reads:")

@@ -63,7 +63,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("{}['k']\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setitem(sys.modules, "mine", None)  # so that it is forgotten afterwards
+    del sys.modules["mine"]
     return tmp_path
 
 

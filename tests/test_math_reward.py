@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -122,7 +123,7 @@ HOSTILE = {
 def test_whatever_is_written_has_a_verdict_within_its_limit_and_the_others_have_theirs(caplog):
     counted = {}
     began = time.perf_counter()
-    rewards = MathReward(timeout=2, workers=2)(
+    rewards = MathReward(timeout=4, workers=2)(
         None, list(HOSTILE.values()), answer=["4"] * len(HOSTILE), log_metric=lambda *item: counted.update([item])
     )
     got = dict(zip(HOSTILE, rewards, strict=True))
@@ -130,8 +131,8 @@ def test_whatever_is_written_has_a_verdict_within_its_limit_and_the_others_have_
     assert got.pop("megabyte") == got.pop("after them") == 1.0
     assert set(got.values()) == {0.0}
     assert counted == {"math_failures": 1}
-    assert "no result within 2 s" in caplog.text
-    assert time.perf_counter() - began < 30
+    assert "no result within 4 s" in caplog.text
+    assert time.perf_counter() - began < 60
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,13 @@ def test_a_crash_fails_one_call_and_the_processes_are_replaced():
     assert isinstance(exited, Exception)
     assert isinstance(slept, TimeoutError)
     assert sane == "nothing"
+
+
+def test_processes_load_what_calls_need_before_a_calls_time_runs_also_those_that_replace_others():
+    loaded = "'tabnanny' in __import__('sys').modules"
+    call = partial(run_all, eval, timeout=5, workers=1, imports=("tabnanny", "no_such_module"))
+    assert call([(loaded,), ("__import__('os')._exit(1)",), (loaded,)])[::2] == [True, True]
+    assert run_all(eval, [(loaded,)], timeout=5, workers=1) == [False]
 
 
 def test_memory_is_limited():

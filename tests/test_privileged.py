@@ -76,7 +76,7 @@ def test_a_single_long_paragraph_is_cut_after_a_sentence_a_word_or_a_character()
     assert longest_start("abc", 0, list) == ""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet="ab .\n", max_size=60), st.integers(1, 20), st.sampled_from([words, list]))
 def test_what_is_kept_is_a_start_of_the_text_within_the_budget(text, budget, tokenizer):
     kept, cut = Documents("d", budget=budget, tokenizer=tokenizer).read({"d": text})

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import PartialState
 from conftest import byte_tokenizer, config, lora, trainer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +23,6 @@ def merging_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-PartialState()  # accelerate's loggers ask for it, and no trainer is built before the first test here
 TOKENIZERS = {"bytes": byte_tokenizer(), "merged": merging_tokenizer()}
 
 

@@ -281,7 +281,7 @@ def test_a_hostile_query_is_wrong_and_leaves_nothing_behind(folder):
     assert contents(folder) == before
     start = time.perf_counter()
     assert reward(None, [block("SELECT 1")], query=["SELECT 1"], database=["shop #1?.db"]) == [1.0]
-    assert time.perf_counter() - start < 2  # no process is busy with what was stopped
+    assert time.perf_counter() - start < 20  # no process is busy with what was stopped
 
 
 def test_a_hostile_query_is_wrong_for_duckdb():

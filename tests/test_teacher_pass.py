@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate import PartialState
 from conftest import config, lora, tiny_llama, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,11 +82,6 @@ SHARING = {
         vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3, eos_token_id=2
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def accelerate_state():
-    PartialState()  # Accelerate's loggers want it
 
 
 def build(config, seed=0):
@@ -303,7 +297,7 @@ def test_processes_with_fewer_micro_batches_make_idle_forwards():
 # ---------------------------------------------------------------------- plans
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), min_size=1, max_size=20),
     st.integers(1, 300),

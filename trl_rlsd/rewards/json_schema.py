@@ -84,7 +84,7 @@ class JSONSchemaReward(Reward):
         # in tuples: a row may have a reference of None
         references = [(row[self.answer_column],) if self.answer_column else () for row in rows]
         calls = [(*call, self.fields) for call in zip(texts, schemas, references, strict=True)]
-        return run_all(grade, calls, timeout=self.timeout, workers=self.workers)
+        return run_all(grade, calls, timeout=self.timeout, workers=self.workers, imports=("jsonschema_rs",))
 
 
 def grade(text: str, schema: str | dict | bool, reference: tuple = (), fields: Sequence[str] = ()) -> float:

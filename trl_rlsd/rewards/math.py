@@ -58,7 +58,7 @@ class MathReward(Reward):
             (text[-10 * _READ :], str(row[self.column]), self.exact_fallback)
             for text, row in zip(texts, rows, strict=True)
         ]
-        return run_all(grade, calls, timeout=self.timeout, workers=self.workers)
+        return run_all(grade, calls, timeout=self.timeout, workers=self.workers, imports=("math_verify",))
 
 
 def grade(text: str, reference: str, exact_fallback: bool = False) -> float:

@@ -13,7 +13,9 @@ import resource
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 
@@ -23,7 +25,12 @@ _starting = threading.Lock()
 
 
 def run_all(
-    function: Callable[..., Any], calls: Sequence[tuple], *, timeout: float, workers: int | None = None
+    function: Callable[..., Any],
+    calls: Sequence[tuple],
+    *,
+    timeout: float,
+    workers: int | None = None,
+    imports: tuple[str, ...] = (),
 ) -> list[Any | Exception]:
     """`function(*call)` of every call, in order; where it raised, its process died or its time was up, the exception.
 
@@ -31,9 +38,10 @@ def run_all(
         function: of a module's top level; it and its arguments travel by pickle.
         timeout: seconds of one call, counted from when a process takes it.
         workers: processes; they are kept for the next time. [the cores, shared with the other ranks of this machine]
+        imports: modules that a process loads before it takes a call, so that no call's time goes by on them.
     """
     with _starting:  # two threads must not make two pools
-        pool = _pool(os.getpid(), workers or cores())
+        pool = _pool(os.getpid(), workers or cores(), imports)
     futures = [pool.schedule(function, args=call, timeout=timeout) for call in calls]
     results: list[Any | Exception] = []
     for future in futures:
@@ -47,12 +55,12 @@ def run_all(
 
 
 @cache
-def _pool(process: int, workers: int):
+def _pool(process: int, workers: int, imports: tuple[str, ...]):
     """Of this process: a fork has none of its parent's threads."""
     from loky.backend import get_context
     from pebble import ProcessPool
 
-    pool = ProcessPool(max_workers=workers, initializer=_limit, context=get_context("loky"))
+    pool = ProcessPool(workers, initializer=_begin, initargs=(imports,), context=get_context("loky"))
     atexit.register(_close, process, pool)
     return pool
 
@@ -69,6 +77,9 @@ def cores() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // ranks, 8))
 
 
-def _limit() -> None:
+def _begin(imports: tuple[str, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for module in imports:
+        with suppress(ImportError):  # the call says what is missing
+            import_module(module)

@@ -62,7 +62,7 @@ class ReasoningGymReward(Reward):
 
     def grade_all(self, texts: list[str], rows: list[dict[str, Any]]) -> list[float | Exception]:
         calls = [(text, row["reasoning_gym"]) for text, row in zip(texts, rows, strict=True)]
-        scores = run_all(_score, calls, timeout=self.timeout, workers=self.workers)
+        scores = run_all(_score, calls, timeout=self.timeout, workers=self.workers, imports=("reasoning_gym",))
         return scores if self.partial else [s if isinstance(s, Exception) else float(s >= 1.0) for s in scores]
 
 
