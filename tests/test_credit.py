@@ -19,10 +19,12 @@ from trl_rlsd.credit import token_advantages as run
 
 
 CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive"]
-NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "antisd", "sdar", *CONTRASTS]
-KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt"]
+NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "rlsd_speculative", "antisd", "sdar", *CONTRASTS]
+KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt", "rlsd_speculative"]
 NO_LAMBDA = ["grpo", "opsd"]
+LN2 = math.log(2.0)
 KNOBS = {"lam": 0.5, "clip_range": 0.2, "negative_only": False}
+WHOLLY = {**KNOBS, "lam": 1.0}
 
 
 def token_advantages(credit, advantages, student, teacher, mask, scored=None, **options):
@@ -77,7 +79,8 @@ def test_what_keeps_the_sign_never_turns_the_verdict_over(batch, name, options):
     credited = token_advantages(get_credit(name), *batch, **options)
     product = credited * advantages.unsqueeze(1)
     assert (product[mask.bool()] >= 0).all()
-    if name != "rlcsd" and (options["lam"] < 1 or options["clip_range"] < 1):
+    may_be_zero = {"rlcsd": True, "rlsd_speculative": options["lam"] == 1}
+    if not may_be_zero.get(name, options["lam"] == 1 and options["clip_range"] >= 1):
         strict = mask.bool() & (advantages != 0).unsqueeze(1)
         assert (product[strict] > 0).all()
 
@@ -135,7 +138,53 @@ def test_multiplicative_credit_stays_within_the_clip_range(batch, name, options)
     assert (factor <= 1 + lam * eps + 1e-5).all()
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast"]), knobs)
+def test_the_gate_equals_the_formula_computed_by_hand():
+    # T/S of 2, 1/2, 1 and 1/4
+    teacher = torch.tensor([[LN2, -LN2, 0.0, -2 * LN2]] * 2)
+    verdicts, student = torch.tensor([1.0, -1.0]), torch.zeros(2, 4)
+    praise, blame = run(get_credit("rlsd_speculative"), verdicts, student, teacher, torch.ones(2, 4), **WHOLLY)
+    assert praise.tolist() == pytest.approx([1 / 2 + 1 / 2, 1 / 2, 1 / 2, 1 / 2])
+    # rejected: never, 1/2, never, 3/4 of the rest; none of them: 1/8
+    assert blame.tolist() == pytest.approx([-1 / 8, -1 / 2 - 1 / 8, -1 / 8, -3 / 8 - 1 / 8])
+
+
+@given(batches(), st.floats(0, 1))
+def test_the_gate_hands_out_one_advantage_at_least_and_no_token_more_than_that(batch, lam):
+    advantages, _, _, mask = batch
+    some, counts = (advantages != 0) & mask.bool().any(1), mask.bool()
+    for own in (lam, 1.0):
+        credited = run(get_credit("rlsd_speculative"), *batch, **{**KNOBS, "lam": own})
+        factor = (credited / advantages.unsqueeze(1))[some]
+        assert (factor <= 1 + 1e-5).all()
+        assert (factor[counts[some]] >= 1 - own - 1e-5).all()
+    assert (factor.sum(1) >= 1 - 1e-4).all()
+
+
+@given(batches(), st.sampled_from(["rlsd", "rlsd_speculative"]), knobs)
+def test_a_reference_that_says_nothing_gives_grpo(batch, name, options):
+    advantages, student, _, mask = batch
+    plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
+    credited = run(get_credit(name), advantages, student, student, mask, **options)
+    torch.testing.assert_close(credited, plain.to(credited.dtype), rtol=1e-6, atol=0)
+
+
+def test_infinite_gains_support_and_reject_for_certain():
+    student = torch.tensor([[-1.0, -math.inf, -1.0], [-1.0, -1.0, -1.0]])
+    teacher = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -math.inf, -math.inf]])
+    verdicts = torch.tensor([1.0, -1.0])
+    credited = run(get_credit("rlsd_speculative"), verdicts, student, teacher, torch.ones(2, 3), **WHOLLY)
+    torch.testing.assert_close(credited, torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0]]))
+
+
+def test_what_is_outside_the_span_keeps_its_advantage_and_rejects_nothing():
+    student, teacher = torch.zeros(1, 3), torch.tensor([[-5.0, -LN2, 0.0]])
+    span = torch.tensor([[False, True, True]])
+    verdict = torch.tensor([-2.0])
+    credited = run(get_credit("rlsd_speculative"), verdict, student, teacher, torch.ones(1, 3), span, **WHOLLY)
+    torch.testing.assert_close(credited, -2 * torch.tensor([[1.0, 1.0, 0.5]]))
+
+
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlsd_speculative"]), knobs)
 def test_negative_only_leaves_the_right_completions_alone(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **{**options, "negative_only": True})
@@ -164,13 +213,13 @@ def test_opsd_is_the_gain_and_the_hybrid_adds_it():
     assert hybrid.tolist() == [[0.75, 2.0]]
 
 
-LN2 = math.log(2.0)
 # one token with log S = -2, log T+ = -1, log T- = -1.5: gain 1, contrast 0.5
 BY_HAND = {
     # A = 2                                                        A = -2
     "rlsd": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlsd_contrast": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlrt": (2 * (0.5 + 0.5 * 0.8), -2.0),
+    "rlsd_speculative": (2.0, -2.0),  # the only token gets all there is
     "rlcsd": (2 + 0.5 * math.tanh(25), -2 + 0.5 * math.tanh(25)),
     "contrast_additive": (2 + 0.5 * 0.2, -2 + 0.5 * 0.2),
     "antisd": (2 - 0.25 * (math.log(1 + math.e) - LN2), -2 - 0.25 * (math.log(1 + math.e) - LN2)),
@@ -210,7 +259,7 @@ def test_the_additive_contrast_teaches_a_group_in_which_all_failed():
         assert (credited != 0).item() == (name not in KEEP_SIGN), name
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd"]), knobs)
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd", "rlsd_speculative"]), knobs)
 def test_mean_one_moves_credit_and_adds_none(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **options)

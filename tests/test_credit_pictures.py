@@ -84,6 +84,8 @@ def test_excess_is_credit_in_a_success_and_blame_in_a_failure():
     assert (picture(1.0).most.start, picture(1.0).least.start) == (0, 1)
     plain = picture(1.0, gains=(0.0,) * 4)
     assert plain.most is plain.least is None
+    gated = [Token(text, 0.0, None, -credit) for text, credit in zip("abcd", (0.1, 0.1, 0.8, 0.1), strict=True)]
+    assert replace(picture(-1.0), tokens=(*gated,)).excess == pytest.approx([0, 0, 0.7, 0]), "most tokens are lowered"
     outside = replace(picture(1.0).tokens[0], counts=False)
     assert replace(picture(1.0), tokens=(outside, *picture(1.0).tokens[1:])).excess[0] is None
 
@@ -106,7 +108,7 @@ class Watched(RLSDTrainer):
         self.seen.append((dict(batch), student_logps, credited.clone()))
 
 
-@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "grpo"])
+@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "rlsd_speculative", "grpo"])
 def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
     monkeypatch.setattr("conftest.RLSDTrainer", Watched)
     own = trainer(tmp_path, credit=credit, contrast_reward_below=3.0, contrast_reference="completion")
@@ -135,7 +137,7 @@ def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
             assert one.student_prompt == one.teacher_prompt[-len(one.student_prompt) :]
             assert set(one.rewards) == {"byte_reward"}
             for token in one.tokens:
-                if credit == "opsd":
+                if credit in ("opsd", "rlsd_speculative"):
                     assert token.weight is None
                 elif token.weight is not None:
                     factor = 0.5 + 0.5 * min(max(token.weight, 0.8), 1.2)

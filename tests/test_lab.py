@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl_rlsd import RLSDConfig, register_credit
 from trl_rlsd.credit import get_credit, token_advantages
 from trl_rlsd.lab import compare, configs, start
-from trl_rlsd.lab.builtin import builtin_settings, run_builtin
+from trl_rlsd.lab.builtin import builtin_settings, run_builtin, with_other
 from trl_rlsd.lab.compare import Run, begin, compare_builtin, finish, unfinished
 from trl_rlsd.lab.configs import load_configs
 from trl_rlsd.lab.measure import MeasureCallback, read_curve
@@ -248,6 +248,13 @@ def test_the_control_deals_out_the_same_weights_within_each_completion():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_wrong_reference_of_the_lab_is_another_problems():
+    problems = TASK.problems(3, "train")
+    assert with_other(problems, None) is problems
+    references = problems["privileged_context"]
+    assert with_other(problems, "other")["other"] == [references[2], references[0], references[1]]
+
+
 def test_localisation_of_even_credit_is_chance_and_of_the_oracle_all():
     advantages, *_, mask, named = batch()
     row = slice(1, 2)
@@ -398,7 +405,7 @@ def test_the_start_is_made_once_and_trains(cache):
 
 def test_a_run_on_the_built_in_task_reports_all_that_a_table_needs(cache):
     folder = str(start_model(TASK, 30))
-    for method in ("oracle", "rlsd_contrast", "rlsd_shuffled"):
+    for method in ("oracle", "rlsd_contrast", "rlsd_speculative", "rlsd_shuffled"):
         settings = builtin_settings(method, TASK, **SMALL)
         result = run_builtin(settings, folder, 3, str(cache / method))
         assert (result["method"], result["seed"], result["steps"]) == (method, 3, 2)

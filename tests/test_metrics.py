@@ -86,9 +86,9 @@ def test_plain_credit_lies_evenly_and_moves_nothing():
     credited = advantages.unsqueeze(1).expand(2, 8)
     answer = torch.zeros(2, 8, dtype=torch.bool)
     answer[:, 6:] = True
-    means = {name: (part / whole).item() for name, (part, whole) in place_metrics(credited, advantages, mask).items()}
+    means = {name: (part / whole).item() for name, (part, whole) in place_metrics(credited, mask).items()}
     assert means == {f"credit_quarter_{quarter}": 0.25 for quarter in (1, 2, 3, 4)}
-    places = place_metrics(credited, advantages, mask, answer)
+    places = place_metrics(credited, mask, answer)
     assert (places["credit_on_answer"][0] / places["credit_on_answer"][1]).item() == 0.25
     assert places["moved_on_answer"] == (0.0, 0.0)
 
@@ -97,7 +97,7 @@ def test_plain_credit_lies_evenly_and_moves_nothing():
 def test_the_quarters_are_of_each_completion_and_add_up(seed):
     advantages, student, _, mask = batch(seed)
     credited = student.masked_fill(mask == 0, math.nan)
-    places = place_metrics(credited.nan_to_num(7.0), advantages, mask)
+    places = place_metrics(credited.nan_to_num(7.0), mask)
     total = sum(places[f"credit_quarter_{quarter}"][0].item() for quarter in (1, 2, 3, 4))
     assert total == pytest.approx(student.abs().masked_fill(mask == 0, 0.0).sum().item(), rel=1e-5)
 
@@ -106,8 +106,16 @@ def test_what_the_teacher_moves_is_found_on_the_answer():
     credited = torch.tensor([[1.0, 1.0, 1.0, 1.5], [-1.0, -0.5, -1.0, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     answer = torch.tensor([[False, False, False, True], [False, False, False, True]])
-    part, whole = place_metrics(credited, torch.tensor([1.0, -1.0]), mask, answer)["moved_on_answer"]
+    part, whole = place_metrics(credited, mask, answer)["moved_on_answer"]
     assert (part.item(), whole.item()) == (0.5, 1.0)
+
+
+def test_what_a_gate_opens_for_is_what_the_teacher_moves():
+    """Not what it takes from all the others."""
+    credited = torch.tensor([[0.1] * 90 + [1.0] * 10])
+    answer = torch.tensor([[False] * 90 + [True] * 10])
+    part, whole = place_metrics(credited, torch.ones(1, 100), answer)["moved_on_answer"]
+    assert part == whole > 0
 
 
 def test_two_references_agree_where_they_move_a_token_the_same_way():

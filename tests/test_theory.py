@@ -165,3 +165,77 @@ def test_a_rare_leak_stays_rare_under_rlsd_and_takes_over_under_distillation():
     assert drift("grpo", start, teacher) == pytest.approx(7e-4, rel=1e-9)
     assert drift("opsd", start, teacher, rate=2.0) > 0.98
     assert drift("rlsd", start, teacher, rate=2.0) < 1e-3
+
+
+def of_two_tokens(name, liked, fact=0.5, token=0.3, **knobs):
+    """The exact mean and mean square of what pushes the first logit of two tokens, (2,) each. Completions are a fact,
+    which alone decides the verdict, and a token of two values; the teacher has the fact right with 0.99, and writes
+    the token's first value with `liked`; the student with `fact` and `token`."""
+    values = torch.tensor(list(itertools.product((1.0, 0.0), repeat=2)), dtype=torch.float64)  # 1: right, first value
+    of_student, of_teacher = torch.tensor([fact, token]), torch.tensor([0.99, liked])
+    student, teacher = (torch.where(values == 1, p, 1 - p).double() for p in (of_student, of_teacher))
+    chance = student.prod(1)
+    reward = values[:, 0]
+    advantages = (reward - fact) / (fact * (1 - fact)) ** 0.5
+    knobs = {"lam": 0.9, "clip_range": 0.2, "negative_only": False, **knobs}
+    mask = torch.ones_like(student)
+    credited = token_advantages(get_credit(name), advantages, student.log(), teacher.log(), mask, **knobs)
+    pushes = credited * (values - of_student)
+    return chance @ pushes, chance @ pushes**2
+
+
+def test_a_gate_takes_noise_off_what_the_verdict_does_not_depend_on_and_nothing_off_what_it_does():
+    (fact, idle), (_, noise) = of_two_tokens("grpo", liked=0.3)
+    (gated_fact, gated_idle), (_, gated_noise) = of_two_tokens("rlsd_speculative", liked=0.3)
+    assert (idle.item(), gated_idle.item()) == pytest.approx((0, 0), abs=1e-8)
+    assert gated_fact == pytest.approx(fact.item(), rel=1e-6)
+    assert gated_noise < 0.2 * noise
+    _, (_, rlsd_noise) = of_two_tokens("rlsd", liked=0.3, lam=1.0)
+    assert rlsd_noise == pytest.approx(noise.item(), rel=1e-6), "where the teacher says nothing RLSD changes nothing"
+
+
+def test_blame_is_the_first_rejections_and_what_follows_from_it_has_none():
+    """The teacher, who knows better, dislikes the consequences of a mistake as well."""
+    student = torch.full((1, 4), -1.0)
+    teacher = student + torch.tensor([[0.0, -6.0, -6.0, -6.0]])
+    knobs = {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
+    failed, mask = torch.tensor([-1.0]), torch.ones(1, 4)
+    (blame,) = -token_advantages(get_credit("rlsd_speculative"), failed, student, teacher, mask, **knobs)
+    assert blame[1] > 0.99
+    assert blame[[0, 2, 3]].max() < 0.01
+    (rlsd,) = -token_advantages(get_credit("rlsd"), failed, student, teacher, mask, **knobs)
+    assert rlsd[1:].tolist() == pytest.approx([1.2] * 3)
+
+
+def test_the_first_rejection_is_that_of_speculative_decoding():
+    """Counted over all ways in which a verifier can accept and reject the tokens."""
+    accept = torch.tensor([0.9, 0.2, 0.6, 1.0], dtype=torch.float64)  # min(1, T/S)
+    counted = torch.zeros(4, dtype=torch.float64)
+    for accepted in itertools.product((True, False), repeat=4):
+        chance = torch.where(torch.tensor(accepted), accept, 1 - accept).prod()
+        blamed = (
+            torch.ones(4) if all(accepted) else torch.nn.functional.one_hot(torch.tensor(accepted.index(False)), 4)
+        )
+        counted += chance * blamed
+    knobs = {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
+    logps = torch.zeros(1, 4, dtype=torch.float64), accept.log().unsqueeze(0)
+    credited = token_advantages(get_credit("rlsd_speculative"), -torch.ones(1), *logps, torch.ones(1, 4), **knobs)
+    torch.testing.assert_close(-credited[0], counted)
+
+
+def test_a_gate_drifts_to_what_the_teacher_likes_about_as_fast_as_rlsd_with_the_same_lambda():
+    """It is praised in a success and spared in a failure, be it a style or a rare leak."""
+
+    def growth(name, token, liked, **options):
+        """Of the log-odds."""
+        (_, pushed), _ = of_two_tokens(name, liked, token=token, **options)
+        return pushed.item() / (token * (1 - token))
+
+    for fact, (token, liked) in itertools.product(
+        (0.05, 0.2, 0.5, 0.8, 0.95), ((0.3, 0.9), (0.3, 0.02), (0.01, 0.12), (7e-4, 0.5))
+    ):
+        side = 1 if liked > token else -1
+        assert growth("grpo", token, liked, fact=fact) == pytest.approx(0, abs=1e-6)
+        gated, rlsd = (growth(name, token, liked, fact=fact) * side for name in ("rlsd_speculative", "rlsd"))
+        assert 0 < gated < 1.5 * rlsd
+    assert growth("rlsd_speculative", 7e-4, 0.5, fact=0.05) > growth("rlsd", 7e-4, 0.5, fact=0.05)

@@ -355,6 +355,18 @@ def test_every_loss_type_trains_with_token_credit(tmp_path, loss_type, credit):
     assert differs(weights(plain.model), weights(credited.model))
 
 
+@pytest.mark.parametrize("credit", ["rlsd_speculative", "rlrt", "antisd", "sdar"])
+@pytest.mark.parametrize("liger", [False, True], ids=["default", "liger"])
+def test_every_credit_trains_as_something_else_than_grpo(tmp_path, credit, liger):
+    """Those that the tests of losses, contrasts and teachers do not train."""
+    options = dict(use_liger_loss=liger, max_steps=1, rlsd_lambda_decay_steps=0)
+    plain, credited = trainer(tmp_path, credit="grpo", **options), trainer(tmp_path, credit=credit, **options)
+    for built in (plain, credited):
+        built.train()
+    assert differs(weights(plain.model), weights(credited.model))
+    assert all(weight.isfinite().all() for weight in weights(credited.model).values())
+
+
 def gradient(built, batch, token_advantages):
     built.model.zero_grad()
     built.current_gradient_accumulation_steps = 1

@@ -165,8 +165,8 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--methods",
         type=lambda text: tuple(text.split(",")),
-        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_shuffled, "
-        "or any credit function",
+        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_speculative, "
+        "rlsd_shuffled, or any credit function",
     )
     task.add_argument("--chain-length", type=int, help="steps of a problem [4]")
     task.add_argument("--filler-share", type=float, help="share of filler letters [0.15]")

@@ -49,8 +49,8 @@ class RLSDConfig(GRPOConfig):
     credit: str = field(
         default="rlsd",
         metadata={
-            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_contrast', 'rlcsd', "
-            "'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
+            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_speculative', "
+            "'rlsd_contrast', 'rlcsd', 'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
         },
     )
     rlsd_lambda: float = field(

@@ -120,22 +120,23 @@ def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
     }
 
 
-def place_metrics(
-    credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None
-) -> Pairs:
+def place_metrics(credited: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None) -> Pairs:
     """Where in the completions the credit lies.
 
     - `credit_quarter_1` to `_4`: share of the sum of |A_t| in each quarter of a completion's tokens; about 0.25 each
       with GRPO.
     - `credit_on_answer`: share of the sum of |A_t| on the final answer, `answer` (B, T).
-    - `moved_on_answer`: share of the sum of |A_t - A|, what the teacher added or took, on the final answer.
+    - `moved_on_answer`: share of the sum of |A_t - M|, on the final answer; M is the median of its completion's A_t,
+      what most tokens get, so that this is where the teacher added or took. (A itself would not do: a gate takes
+      something from all tokens but those it opens for.)
     - `tokens_on_answer`: share of the tokens, for comparison.
 
-    Shapes: `credited`, `mask` (B, T), `advantages` (B,); values are pairs of 0-dim float32 tensors (part, whole).
+    Shapes: `credited`, `mask` (B, T); values are pairs of 0-dim float32 tensors (part, whole).
     """
     counted = mask.bool()
     size = credited.abs().float().masked_fill(~counted, 0.0)
-    moved = (credited - advantages.unsqueeze(1)).abs().float().masked_fill(~counted, 0.0)
+    usual = credited.masked_fill(~counted, torch.nan).nanmedian(dim=1, keepdim=True).values
+    moved = (credited - usual).abs().float().masked_fill(~counted, 0.0)
     position, length = counted.cumsum(1) - 1, counted.sum(1, keepdim=True).clamp(min=1)
     quarter = (4 * position) // length
     values = {

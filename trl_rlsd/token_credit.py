@@ -159,7 +159,7 @@ class TokenCredit:
             return {}
         advantages, scored = batch["advantages"], counted(batch) * batch["teacher_scored"].unsqueeze(1)
         gains = gain(student_logps, batch["teacher_logps"], scored)
-        values = place_metrics(credited, advantages, counted(batch), batch.get("answer_span"))
+        values = place_metrics(credited, counted(batch), batch.get("answer_span"))
         if self.credit.contrast:
             found = scored * batch["wrong_scored"].unsqueeze(1)
             values |= sign_agreement(gains, gain(student_logps, batch["wrong_logps"], found), found)

@@ -1,4 +1,5 @@
-"""Credit functions that `credit_search.py` tries; none of them is part of the package.
+"""Credit functions that `credit_search.py` tries. `gate_refusal` has become the package's `rlsd_speculative`; the
+others are not part of it.
 
 All are A_t = A * [(1 - lam) + lam * gate_t] with a gate in [0, 1]. With S and T the student's and the teacher's
 probability of a token, p = 1 - min(1, S/T) is how far the reference made it likelier, and r = 1 - min(1, T/S) how
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from trl_rlsd import register_credit
-from trl_rlsd.credit import gain
+from trl_rlsd.credit import gain, speculative_gate
 from trl_rlsd.lab.credit import dealt_anew
 
 
@@ -26,6 +27,18 @@ def gate(name, function):
         advantages = advantages.unsqueeze(1)
         gates = function(gain(student_logps, teacher_logps, mask).clamp(-MOST, MOST), advantages > 0, mask)
         return advantages * ((1.0 - lam) + lam * gates)
+
+
+def contrast_gate(name, function):
+    """Register a gate that reads what a wrong reference says, too: function(evidence, against, positive, mask), both
+    gains over the student (B, T)."""
+
+    @register_credit(name, teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True, contrast=True)
+    def credit(advantages, student_logps, teacher_logps, mask, *, wrong_logps, lam, **knobs):
+        advantages = advantages.unsqueeze(1)
+        evidence = gain(student_logps, teacher_logps, mask).clamp(-MOST, MOST)
+        against = gain(wrong_logps, teacher_logps, mask).clamp(-MOST, MOST)
+        return advantages * ((1.0 - lam) + lam * function(evidence, against, advantages > 0, mask))
 
 
 def likelier(evidence):
@@ -58,9 +71,39 @@ def drop(evidence, positive, mask):
 
 
 def refusal(evidence, positive, mask):
-    """Praise for what is likelier, blame for the first refused; a row without such tokens stays with GRPO."""
-    praise = likelier(evidence) + silent(evidence.clamp(min=0.0))
-    return torch.where(positive, praise, first_refused(evidence) + silent(evidence.clamp(max=0.0)))
+    """Praise for what is likelier, blame for the first refused; a row without such tokens stays with GRPO. It is
+    `rlsd_speculative` now."""
+    return speculative_gate(evidence, positive.squeeze(1).float())
+
+
+def refusal_shuffled(evidence, positive, mask):
+    """A control: the same gates on other tokens of their completion."""
+    return dealt_anew(refusal(evidence, positive, mask), mask)
+
+
+def refusal_dead(evidence, positive, mask):
+    """`refusal` with a dead zone, and without what a silent row gets."""
+    evidence = beyond_the_dead_zone(evidence)
+    return torch.where(positive, likelier(evidence), first_refused(evidence))
+
+
+def decided(evidence, against, positive, mask):
+    """`refusal_dead`, with praise only for what a wrong reference does not make likelier as well: citing a reference,
+    or its style."""
+    supported = torch.minimum(evidence, against)
+    return torch.where(
+        positive, likelier(beyond_the_dead_zone(supported)), first_refused(beyond_the_dead_zone(evidence))
+    )
+
+
+def decided_silent(evidence, against, positive, mask):
+    """`refusal`, with praise only for what a wrong reference does not make likelier as well."""
+    return refusal(torch.where(positive, torch.minimum(evidence, against), evidence), positive, mask)
+
+
+def decided_shuffled(evidence, against, positive, mask):
+    """A control: the same gates on other tokens of their completion."""
+    return dealt_anew(decided(evidence, against, positive, mask), mask)
 
 
 def even(evidence, positive, mask):
@@ -99,8 +142,12 @@ def local_dead_shuffled(evidence, positive, mask):
     return dealt_anew(local_dead(evidence, positive, mask), mask)
 
 
-_CHOICES = (drop, refusal, even, causal, causal_dead, local, local_dead)
-_CONTROLS = (causal_dead_shuffled, local_dead_shuffled)
+_CHOICES = (drop, refusal, refusal_dead, even, causal, causal_dead, local, local_dead)
+_CONTROLS = (refusal_shuffled, causal_dead_shuffled, local_dead_shuffled)
 GATES = {f"gate_{function.__name__}": function for function in _CHOICES + _CONTROLS}
 for name, function in GATES.items():
     gate(name, function)
+
+CONTRASTS = {f"gate_{function.__name__}": function for function in (decided, decided_silent, decided_shuffled)}
+for name, function in CONTRASTS.items():
+    contrast_gate(name, function)

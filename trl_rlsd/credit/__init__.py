@@ -12,17 +12,17 @@ A. `register_credit` gives a function a name, `token_advantages` runs it by name
 the laws that a trainer relies on: pads are inert even when they hold nan or inf, rows that no teacher has scored keep
 the plain GRPO credit, no gradient reaches the log-probs.
 
-    gain            what a reference adds to a token's log-probability, and the multiplier that it becomes
+    gain            what a reference adds to a token's log-probability, and the multiplier or gate that it becomes
     registry        names, and the laws
     schedule        lambda over time
-    multiplicative  grpo, rlsd, rlsd_contrast, rlrt
+    multiplicative  grpo, rlsd, rlsd_contrast, rlsd_speculative, rlrt
     additive        opsd, grpo_opsd, rlcsd, contrast_additive, antisd, sdar
 
 CSCR (arXiv:2607.27888) is not among them: neither its formula nor its code could be found.
 """
 
 from trl_rlsd.credit import additive, multiplicative  # they register their functions
-from trl_rlsd.credit.gain import gain, signed_weight
+from trl_rlsd.credit.gain import gain, signed_weight, speculative_gate
 from trl_rlsd.credit.registry import Credit, get_credit, mean_one, register_credit, token_advantages
 from trl_rlsd.credit.schedule import informative, lambda_at
 
@@ -38,5 +38,6 @@ __all__ = [
     "multiplicative",
     "register_credit",
     "signed_weight",
+    "speculative_gate",
     "token_advantages",
 ]

@@ -1,11 +1,12 @@
-"""What a reference adds to the log-probability of each token, and the multiplier that it becomes."""
+"""What a reference adds to the log-probability of each token, and the multiplier, or the gate, that it becomes."""
 
 from __future__ import annotations
 
 import torch
 
 
-# exp() of more than this is clamped, in either direction: outside any clip range that is of use, inside float32
+# exp() of more than this is clamped, in either direction: outside any clip range that is of use, inside float32, and
+# small enough to be taken from a sum again
 _MAX_EXPONENT = 60.0
 
 
@@ -42,3 +43,17 @@ def signed_weight(
     weight = exponent.clamp(-_MAX_EXPONENT, _MAX_EXPONENT).exp()
     clip_range = torch.as_tensor(clip_range, dtype=weight.dtype, device=weight.device)
     return weight, weight.clamp(1.0 - clip_range, 1.0 + clip_range)
+
+
+def speculative_gate(evidence: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """The share of A that each token gets: where A > 0 how far the evidence makes it likelier, else the chance that it
+    is the first that speculative decoding (arXiv:2211.17192) rejects. The chance that none is goes to all.
+
+    Shapes: `evidence` (B, T) in nats, 0 where it does not count, `advantages` (B,); returns (B, T) in [0, 1].
+    """
+    evidence = evidence.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
+    likelier, rarer = evidence.clamp(min=0.0), evidence.clamp(max=0.0)
+    praise = -torch.expm1(-likelier) + (-likelier.sum(1, keepdim=True)).exp()
+    accepted_before = (rarer.cumsum(1) - rarer).exp()
+    blame = -torch.expm1(rarer) * accepted_before + rarer.sum(1, keepdim=True).exp()
+    return torch.where(advantages.unsqueeze(1) > 0, praise, blame)

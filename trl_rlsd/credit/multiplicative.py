@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trl_rlsd.credit.gain import gain, signed_weight
+from trl_rlsd.credit.gain import gain, signed_weight, speculative_gate
 from trl_rlsd.credit.registry import register_credit
 
 
@@ -78,6 +78,45 @@ def rlsd_contrast_credit(
     """
     _, weight = signed_weight(gain(wrong_logps, teacher_logps, mask), advantages, clip_range)
     return _mixed(advantages, weight, lam, negative_only)
+
+
+@register_credit("rlsd_speculative", teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
+def rlsd_speculative_credit(
+    advantages: torch.Tensor,
+    student_logps: torch.Tensor,
+    teacher_logps: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    lam: float | torch.Tensor,
+    negative_only: bool,
+    **knobs,
+) -> torch.Tensor:
+    """RLSD as a gate: praise for the tokens that the reference makes likelier, blame for the first that it rejects.
+
+        A_t    = A * [(1 - lam) + lam * gate_t]
+        A > 0:   gate_t = p_t + prod_u (1 - p_u)                        p_t = 1 - min(1, S_t / T_t)
+        A < 0:   gate_t = r_t * prod_{u<t} (1 - r_u) + prod_u (1 - r_u)   r_t = 1 - min(1, T_t / S_t)
+
+    r_t is how likely speculative decoding (arXiv:2211.17192) rejects a token, with the student as the draft model and
+    the teacher as its verifier, so that blame has the distribution of the first rejected token. What follows it is not
+    blamed: it only continues what went wrong, and the teacher dislikes it for that. The products, over all tokens of
+    the completion, are the chance that the reference has nothing to say against (or for) any of them, which then share
+    alike: gain = 0 is GRPO, and lam = 0 is, bit for bit. With lam = 1 a row hands out the advantage of one token at
+    least, and to no token more than that; there is no clip range. `negative_only` gates the rows with A < 0 alone.
+
+    Limits. As with `rlsd`, what the teacher likes is praised in successes and spared in failures, so the student
+    drifts to it though no verdict depends on it, about as fast as with `rlsd` and the same lambda
+    (`tests/test_theory.py`): watch `rlsd/leak_cites` and `rlsd/leak_overlap`. And small rejections add up: where the
+    teacher's style differs all along a long completion, the first rejected token may be one of style.
+
+    A token that is not scored keeps all of A, so it weighs up to 1 / (1 - lam) times as much as a scored one: mind
+    that with `credit_span`, and where rows have no context.
+
+    Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats. Source: this package.
+    Evidence: @@@
+    """
+    gate = speculative_gate(gain(student_logps, teacher_logps, mask), advantages)
+    return _mixed(advantages, gate, lam, negative_only)
 
 
 @register_credit("rlrt", teacher_rows="positive_advantage", keeps_sign=True, uses_lambda=True, evidence="reversed")

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
@@ -32,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo_opsd": {"credit": "grpo_opsd", "rlsd_lambda": 1.0, "rlsd_lambda_decay_steps": 0},
     "rlsd": {"credit": "rlsd"},
     "rlsd_contrast": {"credit": "rlsd_contrast"},
+    "rlsd_speculative": {"credit": "rlsd_speculative", "rlsd_lambda": 0.9, "rlsd_lambda_decay_steps": 0},
     "oracle": {"credit": "oracle", "rlsd_lambda": 0.9, "rlsd_lambda_decay_steps": 0},
     "rlsd_shuffled": {"credit": "rlsd_shuffled"},
 }
@@ -149,8 +151,8 @@ def _run(settings: dict[str, Any], start: str, seed: int, path: Path) -> dict[st
         LlamaForCausalLM.from_pretrained(start),
         chain_reward,
         args,
-        task.problems(TRAIN_PROBLEMS, "train"),
-        task.problems(settings["held_out"], settings["split"]),
+        with_other(task.problems(TRAIN_PROBLEMS, "train"), args.contrast_column),
+        with_other(task.problems(settings["held_out"], settings["split"]), args.contrast_column),
         processing_class=tokenizer,
         callbacks=[measuring],
     )
@@ -166,6 +168,14 @@ def _run(settings: dict[str, Any], start: str, seed: int, path: Path) -> dict[st
         "localisation": trainer.localisation.result(),
         "settings": settings,
     }
+
+
+def with_other(problems: Dataset, column: str | None) -> Dataset:
+    """With the reference of the problem before, as a wrong one, in a column of that name."""
+    if column is None:
+        return problems
+    references = list(problems["privileged_context"])
+    return problems.add_column(column, references[-1:] + references[:-1])
 
 
 def trained(history: list[dict[str, float]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from statistics import median_low
 
 from transformers import PreTrainedTokenizerBase
 
@@ -86,10 +87,13 @@ class CreditPicture:
 
     @property
     def excess(self) -> list[float | None]:
-        """By how much each token's credit, or blame where A < 0, is above the plain A; None where it does not count.
-        0 everywhere with GRPO. For a credit of either sign, A_t - A."""
+        """By how much each token's credit, or blame where A < 0, is above that of most tokens, the completion's
+        median; None where it does not count. 0 everywhere with GRPO. For a credit of either sign, A_t - A."""
         sign = -1.0 if self.keeps_sign and self.advantage < 0 else 1.0
-        return [sign * (token.credit - self.advantage) if token.counts else None for token in self.tokens]
+        usual = self.advantage
+        if self.keeps_sign and self.counting:
+            usual = median_low(token.credit for token in self.tokens if token.counts)
+        return [sign * (token.credit - usual) if token.counts else None for token in self.tokens]
 
     @property
     def most(self) -> Span | None:
