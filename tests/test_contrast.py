@@ -14,7 +14,7 @@ from trl_rlsd.contrast import get_reference, is_wrong, references_of, right_metr
 from trl_rlsd.rewards.answer import final_answer
 
 
-CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive"]
+CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive", "rlsd_gate"]
 
 
 # ---------------------------------------------------------------------- final answers
@@ -132,6 +132,8 @@ def verdict(completions, **columns):
 
 def build(tmp_path, **options):
     defaults = dict(rollout_func=spoken, reward=verdict, peft_config=lora(), max_completion_length=9, max_steps=1)
+    if options.get("credit") == "rlsd_gate":
+        defaults["contrast_fallback"] = "one_sided"  # the other is refused
     return trainer(tmp_path, **{**defaults, **options})
 
 
@@ -273,6 +275,10 @@ def test_mistakes_are_named(tmp_path):
         config(tmp_path, contrast_reference="answers")
     with pytest.raises(ValueError, match="credit_mean_one=True"):
         config(tmp_path, credit="opsd", credit_mean_one=True)
+    with pytest.raises(ValueError, match="credit_mean_one=True would multiply the few tokens"):
+        config(tmp_path, credit="rlsd_gate", contrast_fallback="one_sided", credit_mean_one=True)
+    with pytest.raises(ValueError, match="contrast_fallback='grpo' would leave all of A to rows without"):
+        config(tmp_path, credit="rlsd_gate")
     for credit in ("rlrt", "opsd", "contrast_additive"):
         with pytest.raises(ValueError, match="rlsd_negative_only=True is for a credit that reweights"):
             config(tmp_path, credit=credit, rlsd_negative_only=True)

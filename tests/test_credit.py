@@ -18,9 +18,10 @@ from trl_rlsd.credit import (
 from trl_rlsd.credit import token_advantages as run
 
 
-CONTRASTS = ["rlsd_contrast", "rlcsd", "contrast_additive"]
-NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "rlsd_speculative", "antisd", "sdar", *CONTRASTS]
-KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt", "rlsd_speculative"]
+CENTRED = ["rlsd_contrast", "rlcsd", "contrast_additive"]
+CONTRASTS = [*CENTRED, "rlsd_gate"]
+NAMES = ["rlsd", "grpo", "opsd", "grpo_opsd", "rlrt", "antisd", "sdar", *CONTRASTS]
+KEEP_SIGN = ["rlsd", "grpo", "rlsd_contrast", "rlcsd", "rlrt", "rlsd_gate"]
 NO_LAMBDA = ["grpo", "opsd"]
 LN2 = math.log(2.0)
 KNOBS = {"lam": 0.5, "clip_range": 0.2, "negative_only": False}
@@ -60,7 +61,7 @@ def test_credit_functions_say_what_they_need():
     every_row = dict.fromkeys(["opsd", "grpo_opsd", "contrast_additive", "antisd", "sdar"], "all")
     rows = dict.fromkeys(NAMES, "nonzero_advantage") | every_row | {"grpo": "none", "rlrt": "positive_advantage"}
     assert {name: declared[name].teacher_rows for name in NAMES} == rows
-    weighed = {"rlsd": "gain", "rlsd_contrast": "contrast", "rlrt": "reversed"}
+    weighed = {"rlsd": "gain", "rlsd_contrast": "contrast", "rlrt": "reversed", "rlsd_gate": "gate"}
     assert {name: declared[name].evidence for name in NAMES if declared[name].evidence} == weighed
 
 
@@ -79,7 +80,7 @@ def test_what_keeps_the_sign_never_turns_the_verdict_over(batch, name, options):
     credited = token_advantages(get_credit(name), *batch, **options)
     product = credited * advantages.unsqueeze(1)
     assert (product[mask.bool()] >= 0).all()
-    may_be_zero = {"rlcsd": True, "rlsd_speculative": options["lam"] == 1}
+    may_be_zero = {"rlcsd": True, "rlsd_gate": options["lam"] == 1}
     if not may_be_zero.get(name, options["lam"] == 1 and options["clip_range"] >= 1):
         strict = mask.bool() & (advantages != 0).unsqueeze(1)
         assert (product[strict] > 0).all()
@@ -138,53 +139,60 @@ def test_multiplicative_credit_stays_within_the_clip_range(batch, name, options)
     assert (factor <= 1 + lam * eps + 1e-5).all()
 
 
+def gates(gains, contrasts=None, **options):
+    """Of `rlsd_gate`, with lambda 1, for a success and a failure with the same gains. By default the contrast is so
+    large that the gain alone counts."""
+    teacher = torch.tensor([gains] * 2, dtype=torch.float64)
+    wrong = teacher - (50.0 if contrasts is None else torch.tensor([contrasts] * 2, dtype=torch.float64))
+    verdicts, student = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.zeros_like(teacher)
+    arguments = {**WHOLLY, "wrong_logps": wrong, **options}
+    praise, blame = run(get_credit("rlsd_gate"), verdicts, student, teacher, torch.ones_like(teacher), **arguments)
+    return praise.tolist(), (-blame).tolist()
+
+
 def test_the_gate_equals_the_formula_computed_by_hand():
-    # T/S of 2, 1/2, 1 and 1/4
-    teacher = torch.tensor([[LN2, -LN2, 0.0, -2 * LN2]] * 2)
-    verdicts, student = torch.tensor([1.0, -1.0]), torch.zeros(2, 4)
-    praise, blame = run(get_credit("rlsd_speculative"), verdicts, student, teacher, torch.ones(2, 4), **WHOLLY)
-    assert praise.tolist() == pytest.approx([1 / 2 + 1 / 2, 1 / 2, 1 / 2, 1 / 2])
-    # rejected: never, 1/2, never, 3/4 of the rest; none of them: 1/8
-    assert blame.tolist() == pytest.approx([-1 / 8, -1 / 2 - 1 / 8, -1 / 8, -3 / 8 - 1 / 8])
-
-
-@given(batches(), st.floats(0, 1))
-def test_the_gate_hands_out_one_advantage_at_least_and_no_token_more_than_that(batch, lam):
-    advantages, _, _, mask = batch
-    some, counts = (advantages != 0) & mask.bool().any(1), mask.bool()
-    for own in (lam, 1.0):
-        credited = run(get_credit("rlsd_speculative"), *batch, **{**KNOBS, "lam": own})
-        factor = (credited / advantages.unsqueeze(1))[some]
-        assert (factor <= 1 + 1e-5).all()
-        assert (factor[counts[some]] >= 1 - own - 1e-5).all()
-    assert (factor.sum(1) >= 1 - 1e-4).all()
-
-
-@given(batches(), st.sampled_from(["rlsd", "rlsd_speculative"]), knobs)
-def test_a_reference_that_says_nothing_gives_grpo(batch, name, options):
-    advantages, student, _, mask = batch
-    plain = advantages.unsqueeze(1).expand(mask.shape).masked_fill(mask == 0, 0.0)
-    credited = run(get_credit(name), advantages, student, student, mask, **options)
-    torch.testing.assert_close(credited, plain.to(credited.dtype), rtol=1e-6, atol=0)
+    # beyond the dead zone of 1/4, T/S is 2, 1/2, 1, 1/4
+    praise, blame = gates([LN2 + 0.25, -LN2 - 0.25, 0.2, -2 * LN2 - 0.25])
+    assert praise == pytest.approx([1 / 2, 0, 0, 0])
+    assert blame == pytest.approx([0, 1 / 2, 0, 3 / 4 * 1 / 2])
+    praise, blame = gates([9.0, 9.0, LN2 + 0.25, -9.0], [LN2 + 0.25, 0.0, 9.0, 9.0])
+    assert praise == pytest.approx([1 / 2, 0, 1 / 2, 0]), "of gain and contrast the smaller"
+    assert blame[:3] == [0, 0, 0], "a contrast does not matter for blame"
 
 
 def test_infinite_gains_support_and_reject_for_certain():
     student = torch.tensor([[-1.0, -math.inf, -1.0], [-1.0, -1.0, -1.0]])
     teacher = torch.tensor([[-1.0, -1.0, -1.0], [-1.0, -math.inf, -math.inf]])
-    verdicts = torch.tensor([1.0, -1.0])
-    credited = run(get_credit("rlsd_speculative"), verdicts, student, teacher, torch.ones(2, 3), **WHOLLY)
+    credited = run(
+        get_credit("rlsd_gate"), torch.tensor([1.0, -1.0]), student, teacher, torch.ones(2, 3),
+        wrong_logps=torch.full((2, 3), -math.inf).where(teacher.isfinite(), teacher), **WHOLLY,
+    )  # fmt: skip
     torch.testing.assert_close(credited, torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0]]))
 
 
+@given(batches(), knobs)
+def test_a_gate_keeps_credit_between_its_even_share_and_the_advantage(batch, options):
+    advantages, student, teacher, mask = batch
+    counts = mask.bool() & (advantages != 0).unsqueeze(1)
+    for wrong in (student, teacher, teacher.flip(0)):
+        credited = run(get_credit("rlsd_gate"), *batch, wrong_logps=wrong, **options)
+        factor = (credited / advantages.unsqueeze(1)).masked_fill(~counts, 0.0)
+        assert (factor[counts] >= 1 - options["lam"] - 1e-5).all()
+        assert (factor <= 1 + 1e-5).all()
+    blame = run(get_credit("rlsd_gate"), *batch, wrong_logps=student, **WHOLLY)
+    failed = advantages < 0
+    assert (blame.abs().sum(1)[failed] <= advantages.abs()[failed] * (1 + 1e-4)).all(), "one token is blamed at most"
+
+
 def test_what_is_outside_the_span_keeps_its_advantage_and_rejects_nothing():
-    student, teacher = torch.zeros(1, 3), torch.tensor([[-5.0, -LN2, 0.0]])
-    span = torch.tensor([[False, True, True]])
-    verdict = torch.tensor([-2.0])
-    credited = run(get_credit("rlsd_speculative"), verdict, student, teacher, torch.ones(1, 3), span, **WHOLLY)
-    torch.testing.assert_close(credited, -2 * torch.tensor([[1.0, 1.0, 0.5]]))
+    student, teacher = torch.zeros(1, 3), torch.tensor([[-5.0, -LN2 - 0.25, 0.0]])
+    span, verdict = torch.tensor([[False, True, True]]), torch.tensor([-2.0])
+    options = {**WHOLLY, "wrong_logps": student}
+    credited = run(get_credit("rlsd_gate"), verdict, student, teacher, torch.ones(1, 3), span, **options)
+    torch.testing.assert_close(credited, -2 * torch.tensor([[1.0, 0.5, 0.0]]))
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlsd_speculative"]), knobs)
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlsd_gate"]), knobs)
 def test_negative_only_leaves_the_right_completions_alone(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **{**options, "negative_only": True})
@@ -219,7 +227,7 @@ BY_HAND = {
     "rlsd": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlsd_contrast": (2 * (0.5 + 0.5 * 1.2), -2 * (0.5 + 0.5 * 0.8)),
     "rlrt": (2 * (0.5 + 0.5 * 0.8), -2.0),
-    "rlsd_speculative": (2.0, -2.0),  # the only token gets all there is
+    "rlsd_gate": (2 * (0.5 + 0.5 * (1 - math.exp(-0.25))), -2 * 0.5),
     "rlcsd": (2 + 0.5 * math.tanh(25), -2 + 0.5 * math.tanh(25)),
     "contrast_additive": (2 + 0.5 * 0.2, -2 + 0.5 * 0.2),
     "antisd": (2 - 0.25 * (math.log(1 + math.e) - LN2), -2 - 0.25 * (math.log(1 + math.e) - LN2)),
@@ -242,7 +250,7 @@ def test_a_contrast_with_the_students_own_log_probs_is_one_sided(batch, options)
     assert torch.equal(run(get_credit("rlsd_contrast"), *batch, wrong_logps=student, **options), one_sided)
 
 
-@given(batches(), st.sampled_from(CONTRASTS), knobs)
+@given(batches(), st.sampled_from(CENTRED), knobs)
 def test_two_references_that_say_the_same_give_grpo(batch, name, options):
     advantages, student, teacher, mask = batch
     credited = run(get_credit(name), *batch, wrong_logps=teacher, **options)
@@ -259,7 +267,7 @@ def test_the_additive_contrast_teaches_a_group_in_which_all_failed():
         assert (credited != 0).item() == (name not in KEEP_SIGN), name
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd", "rlsd_speculative"]), knobs)
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlcsd"]), knobs)
 def test_mean_one_moves_credit_and_adds_none(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **options)

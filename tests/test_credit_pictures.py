@@ -84,10 +84,16 @@ def test_excess_is_credit_in_a_success_and_blame_in_a_failure():
     assert (picture(1.0).most.start, picture(1.0).least.start) == (0, 1)
     plain = picture(1.0, gains=(0.0,) * 4)
     assert plain.most is plain.least is None
-    gated = [Token(text, 0.0, None, -credit) for text, credit in zip("abcd", (0.1, 0.1, 0.8, 0.1), strict=True)]
-    assert replace(picture(-1.0), tokens=(*gated,)).excess == pytest.approx([0, 0, 0.7, 0]), "most tokens are lowered"
     outside = replace(picture(1.0).tokens[0], counts=False)
     assert replace(picture(1.0), tokens=(outside, *picture(1.0).tokens[1:])).excess[0] is None
+
+
+def test_excess_of_a_gate_is_how_far_it_is_open():
+    inside = [Token(text, 0.0, None, -credit, plain=-0.1) for text, credit in zip("abc", (0.1, 0.1, 0.8), strict=True)]
+    tokens = *inside, Token("d", 0.0, None, -1.0, plain=-1.0)  # outside the span
+    one = replace(picture(-1.0), tokens=tokens, credit="rlsd_gate", evidence="gate")
+    assert one.excess == pytest.approx([0, 0, 0.7, 0])
+    assert (one.most.start, one.most.end) == (2, 3)
 
 
 def test_the_privileged_part_is_what_the_students_prompt_lacks():
@@ -108,10 +114,13 @@ class Watched(RLSDTrainer):
         self.seen.append((dict(batch), student_logps, credited.clone()))
 
 
-@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "rlsd_speculative", "grpo"])
+@pytest.mark.parametrize("credit", ["rlsd", "opsd", "rlsd_contrast", "rlsd_gate", "grpo"])
 def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
     monkeypatch.setattr("conftest.RLSDTrainer", Watched)
-    own = trainer(tmp_path, credit=credit, contrast_reward_below=3.0, contrast_reference="completion")
+    fallback = "one_sided" if credit == "rlsd_gate" else "grpo"
+    own = trainer(
+        tmp_path, credit=credit, contrast_reward_below=3.0, contrast_reference="completion", contrast_fallback=fallback
+    )
     own.seen = []
     taken = own.credit_pictures(own.train_dataset.select(range(2)))
     assert len(taken) == 8
@@ -137,8 +146,10 @@ def test_a_picture_has_the_numbers_that_train(tmp_path, credit, monkeypatch):
             assert one.student_prompt == one.teacher_prompt[-len(one.student_prompt) :]
             assert set(one.rewards) == {"byte_reward"}
             for token in one.tokens:
-                if credit in ("opsd", "rlsd_speculative"):
+                if credit in ("opsd", "rlsd_gate"):
                     assert token.weight is None
+                    plain = one.advantage * (0.5 if credit == "rlsd_gate" else 1)
+                    assert token.plain == pytest.approx(plain, abs=1e-6)
                 elif token.weight is not None:
                     factor = 0.5 + 0.5 * min(max(token.weight, 0.8), 1.2)
                     assert token.credit == pytest.approx(one.advantage * factor, abs=1e-5)

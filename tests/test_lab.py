@@ -405,7 +405,7 @@ def test_the_start_is_made_once_and_trains(cache):
 
 def test_a_run_on_the_built_in_task_reports_all_that_a_table_needs(cache):
     folder = str(start_model(TASK, 30))
-    for method in ("oracle", "rlsd_contrast", "rlsd_speculative", "rlsd_shuffled"):
+    for method in ("oracle", "rlsd_contrast", "rlsd_gate", "rlsd_shuffled"):
         settings = builtin_settings(method, TASK, **SMALL)
         result = run_builtin(settings, folder, 3, str(cache / method))
         assert (result["method"], result["seed"], result["steps"]) == (method, 3, 2)

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_rlsd.credit import gain, signed_weight
-from trl_rlsd.metrics import TOKEN_METRICS, MetricSums, gain_metrics, place_metrics, sign_agreement, weight_metrics
+from trl_rlsd.metrics import (
+    TOKEN_METRICS,
+    MetricSums,
+    factor_metrics,
+    gain_metrics,
+    place_metrics,
+    sign_agreement,
+    weight_metrics,
+)
 
 
 def credit_metrics(advantages, student_logps, teacher_logps, mask, *, clip_range):
@@ -86,9 +94,12 @@ def test_plain_credit_lies_evenly_and_moves_nothing():
     credited = advantages.unsqueeze(1).expand(2, 8)
     answer = torch.zeros(2, 8, dtype=torch.bool)
     answer[:, 6:] = True
-    means = {name: (part / whole).item() for name, (part, whole) in place_metrics(credited, mask).items()}
+    means = {
+        name: (part / whole).item()
+        for name, (part, whole) in place_metrics(credited, advantages.unsqueeze(1), mask).items()
+    }
     assert means == {f"credit_quarter_{quarter}": 0.25 for quarter in (1, 2, 3, 4)}
-    places = place_metrics(credited, mask, answer)
+    places = place_metrics(credited, advantages.unsqueeze(1), mask, answer)
     assert (places["credit_on_answer"][0] / places["credit_on_answer"][1]).item() == 0.25
     assert places["moved_on_answer"] == (0.0, 0.0)
 
@@ -97,7 +108,7 @@ def test_plain_credit_lies_evenly_and_moves_nothing():
 def test_the_quarters_are_of_each_completion_and_add_up(seed):
     advantages, student, _, mask = batch(seed)
     credited = student.masked_fill(mask == 0, math.nan)
-    places = place_metrics(credited.nan_to_num(7.0), mask)
+    places = place_metrics(credited.nan_to_num(7.0), advantages.unsqueeze(1), mask)
     total = sum(places[f"credit_quarter_{quarter}"][0].item() for quarter in (1, 2, 3, 4))
     assert total == pytest.approx(student.abs().masked_fill(mask == 0, 0.0).sum().item(), rel=1e-5)
 
@@ -106,15 +117,27 @@ def test_what_the_teacher_moves_is_found_on_the_answer():
     credited = torch.tensor([[1.0, 1.0, 1.0, 1.5], [-1.0, -0.5, -1.0, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     answer = torch.tensor([[False, False, False, True], [False, False, False, True]])
-    part, whole = place_metrics(credited, mask, answer)["moved_on_answer"]
+    part, whole = place_metrics(credited, torch.tensor([[1.0], [-1.0]]), mask, answer)["moved_on_answer"]
     assert (part.item(), whole.item()) == (0.5, 1.0)
+
+
+def test_the_factors_of_a_gate_are_counted_by_sign():
+    credited = torch.tensor([[2.0, 0.2, 0.2, 9.0], [-0.1, -1.0, -0.1, -0.4], [0.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+    factors = factor_metrics(credited, torch.tensor([2.0, -1.0, 0.0]), mask)
+    assert {name: (value.item(), count.item()) for name, (value, count) in factors.items()} == {
+        "weight_mean_pos": (pytest.approx(1.2), 3),
+        "weight_mean_neg": (pytest.approx(1.6), 4),
+        "weight_max_pos": (pytest.approx(1.0), 1),
+        "weight_max_neg": (pytest.approx(1.0), 1),
+    }
 
 
 def test_what_a_gate_opens_for_is_what_the_teacher_moves():
     """Not what it takes from all the others."""
     credited = torch.tensor([[0.1] * 90 + [1.0] * 10])
     answer = torch.tensor([[False] * 90 + [True] * 10])
-    part, whole = place_metrics(credited, torch.ones(1, 100), answer)["moved_on_answer"]
+    part, whole = place_metrics(credited, torch.full((1, 100), 0.1), torch.ones(1, 100), answer)["moved_on_answer"]
     assert part == whole > 0
 
 

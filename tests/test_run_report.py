@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from trl_rlsd.report.run import MAX_PICTURE, run_report
 
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def write_run(folder: Path, logs: list[dict], tail: str = "", **record) -> Path:
@@ -410,20 +408,9 @@ def test_the_page_has_no_element_of_the_runs(hostile):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def opened(browser, hostile):
+def opened(chromium, hostile):
     """The hostile report on a narrow, dark screen without a network, and what happened while it opened."""
-    context = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme="dark", offline=True)
+    context = chromium.new_context(viewport={"width": 400, "height": 800}, color_scheme="dark", offline=True)
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.happened = []
@@ -434,7 +421,8 @@ def opened(browser, hostile):
     page.goto(hostile.as_uri())
     page.locator("#s1").scroll_into_view_if_needed()
     page.locator("[data-figure='0'] .main-svg").first.wait_for()
-    return page
+    yield page
+    context.close()
 
 
 def test_it_opens_without_a_request_an_error_or_a_dialog(opened, hostile):

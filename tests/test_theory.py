@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trl_rlsd.credit import get_credit, signed_weight, token_advantages
+from trl_rlsd.credit.gain import DEAD_ZONE
 
 
 def distributions(*shape, seed=0, scale=1.0):
@@ -167,43 +168,61 @@ def test_a_rare_leak_stays_rare_under_rlsd_and_takes_over_under_distillation():
     assert drift("rlsd", start, teacher, rate=2.0) < 1e-3
 
 
-def of_two_tokens(name, liked, fact=0.5, token=0.3, **knobs):
+def of_two_tokens(name, liked, wrongly_liked=None, fact=0.5, token=0.3, **knobs):
     """The exact mean and mean square of what pushes the first logit of two tokens, (2,) each. Completions are a fact,
-    which alone decides the verdict, and a token of two values; the teacher has the fact right with 0.99, and writes
-    the token's first value with `liked`; the student with `fact` and `token`."""
+    which alone decides the verdict, and a token of two values. The student has the fact right with `fact` and writes
+    the token's first value with `token`; the teacher with 0.99 and `liked`, and after a wrong reference with 0.01 and
+    `wrongly_liked`, by default the same: a style that any reference brings."""
     values = torch.tensor(list(itertools.product((1.0, 0.0), repeat=2)), dtype=torch.float64)  # 1: right, first value
-    of_student, of_teacher = torch.tensor([fact, token]), torch.tensor([0.99, liked])
-    student, teacher = (torch.where(values == 1, p, 1 - p).double() for p in (of_student, of_teacher))
+    wrongly_liked = liked if wrongly_liked is None else wrongly_liked
+    of_student = torch.tensor([fact, token], dtype=torch.float64)
+    student, teacher, wrong = (
+        torch.where(values == 1, p, 1 - p)
+        for p in (of_student, torch.tensor([0.99, liked]).double(), torch.tensor([0.01, wrongly_liked]).double())
+    )
     chance = student.prod(1)
-    reward = values[:, 0]
-    advantages = (reward - fact) / (fact * (1 - fact)) ** 0.5
+    advantages = (values[:, 0] - fact) / (fact * (1 - fact)) ** 0.5
     knobs = {"lam": 0.9, "clip_range": 0.2, "negative_only": False, **knobs}
+    if get_credit(name).contrast:
+        knobs["wrong_logps"] = wrong.log()
     mask = torch.ones_like(student)
     credited = token_advantages(get_credit(name), advantages, student.log(), teacher.log(), mask, **knobs)
     pushes = credited * (values - of_student)
     return chance @ pushes, chance @ pushes**2
 
 
-def test_a_gate_takes_noise_off_what_the_verdict_does_not_depend_on_and_nothing_off_what_it_does():
+def growth(name, token, liked, wrongly_liked=None):
+    """Of the log-odds of a token that no verdict depends on."""
+    (_, pushed), _ = of_two_tokens(name, liked, wrongly_liked, token=token)
+    return pushed.item() / (token * (1 - token))
+
+
+def test_a_gate_takes_noise_off_what_the_verdict_does_not_depend_on_and_little_off_what_decides():
     (fact, idle), (_, noise) = of_two_tokens("grpo", liked=0.3)
-    (gated_fact, gated_idle), (_, gated_noise) = of_two_tokens("rlsd_speculative", liked=0.3)
-    assert (idle.item(), gated_idle.item()) == pytest.approx((0, 0), abs=1e-8)
-    assert gated_fact == pytest.approx(fact.item(), rel=1e-6)
-    assert gated_noise < 0.2 * noise
+    (gated_fact, gated_idle), (_, gated_noise) = of_two_tokens("rlsd_gate", liked=0.3)
+    assert (idle.item(), gated_idle.item()) == pytest.approx((0, 0), abs=1e-12)
+    assert 0.6 * fact < gated_fact < 0.8 * fact
+    assert gated_noise == pytest.approx(0.01 * noise.item(), rel=1e-6)
     _, (_, rlsd_noise) = of_two_tokens("rlsd", liked=0.3, lam=1.0)
     assert rlsd_noise == pytest.approx(noise.item(), rel=1e-6), "where the teacher says nothing RLSD changes nothing"
 
 
+def gate_of_a_failure(gains):
+    """With lambda 1, for rows of gains."""
+    gains, knobs = torch.as_tensor(gains).double(), {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
+    failed, student = -torch.ones(len(gains)), torch.zeros_like(gains)
+    mask = torch.ones_like(gains)
+    return -token_advantages(get_credit("rlsd_gate"), failed, student, gains, mask, wrong_logps=student, **knobs)
+
+
 def test_blame_is_the_first_rejections_and_what_follows_from_it_has_none():
     """The teacher, who knows better, dislikes the consequences of a mistake as well."""
-    student = torch.full((1, 4), -1.0)
-    teacher = student + torch.tensor([[0.0, -6.0, -6.0, -6.0]])
-    knobs = {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
-    failed, mask = torch.tensor([-1.0]), torch.ones(1, 4)
-    (blame,) = -token_advantages(get_credit("rlsd_speculative"), failed, student, teacher, mask, **knobs)
+    (blame,) = gate_of_a_failure([[0.0, -6.0, -6.0, -6.0]])
     assert blame[1] > 0.99
     assert blame[[0, 2, 3]].max() < 0.01
-    (rlsd,) = -token_advantages(get_credit("rlsd"), failed, student, teacher, mask, **knobs)
+    knobs = {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
+    gains, zeros = torch.tensor([[0.0, -6.0, -6.0, -6.0]]), torch.zeros(1, 4)
+    (rlsd,) = -token_advantages(get_credit("rlsd"), -torch.ones(1), zeros, gains, torch.ones(1, 4), **knobs)
     assert rlsd[1:].tolist() == pytest.approx([1.2] * 3)
 
 
@@ -212,30 +231,30 @@ def test_the_first_rejection_is_that_of_speculative_decoding():
     accept = torch.tensor([0.9, 0.2, 0.6, 1.0], dtype=torch.float64)  # min(1, T/S)
     counted = torch.zeros(4, dtype=torch.float64)
     for accepted in itertools.product((True, False), repeat=4):
-        chance = torch.where(torch.tensor(accepted), accept, 1 - accept).prod()
-        blamed = (
-            torch.ones(4) if all(accepted) else torch.nn.functional.one_hot(torch.tensor(accepted.index(False)), 4)
-        )
-        counted += chance * blamed
-    knobs = {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
-    logps = torch.zeros(1, 4, dtype=torch.float64), accept.log().unsqueeze(0)
-    credited = token_advantages(get_credit("rlsd_speculative"), -torch.ones(1), *logps, torch.ones(1, 4), **knobs)
-    torch.testing.assert_close(-credited[0], counted)
+        if not all(accepted):
+            counted[accepted.index(False)] += torch.where(torch.tensor(accepted), accept, 1 - accept).prod()
+    torch.testing.assert_close(gate_of_a_failure((accept.log() - DEAD_ZONE).unsqueeze(0))[0], counted)
 
 
-def test_a_gate_drifts_to_what_the_teacher_likes_about_as_fast_as_rlsd_with_the_same_lambda():
-    """It is praised in a success and spared in a failure, be it a style or a rare leak."""
+def test_small_differences_all_along_a_completion_take_no_blame_from_a_mistake_and_large_ones_do():
+    noise = torch.randn(50, 2000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for scatter, least, most in ((0.05, 0.99, 1.0), (0.15, 0.03, 0.1), (0.3, 0.0, 0.01)):
+        gains = scatter * noise
+        gains[:, 1000] -= 6.0
+        assert least <= gate_of_a_failure(gains)[:, 1000].mean() <= most
 
-    def growth(name, token, liked, **options):
-        """Of the log-odds."""
-        (_, pushed), _ = of_two_tokens(name, liked, token=token, **options)
-        return pushed.item() / (token * (1 - token))
 
-    for fact, (token, liked) in itertools.product(
-        (0.05, 0.2, 0.5, 0.8, 0.95), ((0.3, 0.9), (0.3, 0.02), (0.01, 0.12), (7e-4, 0.5))
-    ):
+def test_a_rare_leak_that_any_reference_provokes_is_not_praised_but_one_that_the_right_one_provokes_is():
+    """Not to leak is blamed only where the teacher leaks in more than 1 - exp(-1/4) = 22 % of the cases."""
+    for token, liked in ((7e-4, 0.2), (1e-3, 0.05), (0.01, 0.12)):
+        assert growth("grpo", token, liked) == pytest.approx(0, abs=1e-9)
+        assert growth("rlsd", token, liked) > 0.1
+        assert growth("rlsd_gate", token, liked) == pytest.approx(0, abs=1e-9)
+        assert growth("rlsd_gate", token, liked, wrongly_liked=token) > 0.3
+    assert growth("rlsd_gate", 7e-4, 0.5) > 0.001
+
+
+def test_a_gate_drifts_less_than_rlsd_to_a_style_that_any_reference_brings():
+    for token, liked in ((0.3, 0.9), (0.3, 0.02), (0.41, 0.6)):
         side = 1 if liked > token else -1
-        assert growth("grpo", token, liked, fact=fact) == pytest.approx(0, abs=1e-6)
-        gated, rlsd = (growth(name, token, liked, fact=fact) * side for name in ("rlsd_speculative", "rlsd"))
-        assert 0 < gated < 1.5 * rlsd
-    assert growth("rlsd_speculative", 7e-4, 0.5, fact=0.05) > growth("rlsd", 7e-4, 0.5, fact=0.05)
+        assert 0 <= growth("rlsd_gate", token, liked) * side < 0.1 * growth("rlsd", token, liked) * side

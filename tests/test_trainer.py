@@ -355,7 +355,7 @@ def test_every_loss_type_trains_with_token_credit(tmp_path, loss_type, credit):
     assert differs(weights(plain.model), weights(credited.model))
 
 
-@pytest.mark.parametrize("credit", ["rlsd_speculative", "rlrt", "antisd", "sdar"])
+@pytest.mark.parametrize("credit", ["rlrt", "antisd", "sdar"])
 @pytest.mark.parametrize("liger", [False, True], ids=["default", "liger"])
 def test_every_credit_trains_as_something_else_than_grpo(tmp_path, credit, liger):
     """Those that the tests of losses, contrasts and teachers do not train."""

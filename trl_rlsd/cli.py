@@ -165,7 +165,7 @@ def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--methods",
         type=lambda text: tuple(text.split(",")),
-        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_speculative, "
+        help="with commas between: grpo,opsd,grpo_opsd,rlsd,rlsd_contrast,oracle [these], rlsd_gate, "
         "rlsd_shuffled, or any credit function",
     )
     task.add_argument("--chain-length", type=int, help="steps of a problem [4]")

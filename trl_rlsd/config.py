@@ -49,8 +49,8 @@ class RLSDConfig(GRPOConfig):
     credit: str = field(
         default="rlsd",
         metadata={
-            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_speculative', "
-            "'rlsd_contrast', 'rlcsd', 'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
+            "help": "Registered credit function: 'rlsd', 'grpo', 'opsd', 'grpo_opsd', 'rlsd_contrast', "
+            "'rlsd_gate', 'rlcsd', 'contrast_additive', 'rlrt', 'antisd', 'sdar', or one of your own."
         },
     )
     rlsd_lambda: float = field(
@@ -293,6 +293,16 @@ class RLSDConfig(GRPOConfig):
             raise ValueError(
                 f"credit_mean_one=True rescales by the mean of the credit, which for credit={self.credit!r} can be 0 "
                 "or of the other sign. Use a credit that keeps the sign, or leave it False."
+            )
+        if self.credit_mean_one and credit.evidence == "gate":
+            raise ValueError(
+                f"credit_mean_one=True would multiply the few tokens that credit={self.credit!r} opens for by up to "
+                "their completion's length. Leave it False."
+            )
+        if self.contrast_fallback == "grpo" and credit.contrast and credit.evidence == "gate":
+            raise ValueError(
+                f"contrast_fallback='grpo' would leave all of A to rows without a wrong reference, many times what "
+                f"credit={self.credit!r} leaves to others. Set contrast_fallback='one_sided'."
             )
         if self.rlsd_negative_only and credit.name in _NOT_REWEIGHTED:
             raise ValueError(

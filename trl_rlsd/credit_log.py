@@ -122,7 +122,7 @@ class CreditLog(TrainerCallback):
     ) -> list[CreditPicture]:
         """Pictures of some rows of a micro-batch, of all by default."""
         rows = range(len(batch["completion_ids"])) if rows is None else rows
-        mask, values = counted(batch), self._values(batch, student_logps)
+        mask, values = counted(batch), self._values(step, batch, student_logps)
         if credited.ndim == 1:
             credited = credited.unsqueeze(1).expand(mask.shape)
         # a completion that is masked whole, because it was cut off, is shown all the same
@@ -131,13 +131,14 @@ class CreditLog(TrainerCallback):
         ends = [end or other for end, other in zip(lengths(batch["completion_mask"]), whole, strict=True)]
         return [self._picture(row, step, batch, mask[row], values, credited[row], ends[row]) for row in rows]
 
-    def _values(self, batch: Batch, student_logps: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gain, weight, the same clipped, and where they are of use, all (B, T); nothing without a teacher."""
+    def _values(self, step: int, batch: Batch, student_logps: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gain, plain credit, weight, the same clipped, where they are of use, (B, T); nothing without a teacher."""
         if "teacher_scored" not in batch:
             return {}
         scored = counted(batch) * batch["teacher_scored"].unsqueeze(1)
         gains = gain(student_logps, batch["teacher_logps"], scored)
-        values = {"gain": gains, "scored": scored.bool()}
+        plain = self.credit.plain(batch, step).expand(gains.shape)
+        values = {"gain": gains, "scored": scored.bool(), "plain": plain}
         if (weights := self.credit.weights(batch, gains, scored)) is not None:
             acts = values["scored"] & batch.get("credit_span", values["scored"])
             values |= dict(zip(("weight", "clipped"), weights, strict=True), acts=acts)
@@ -182,7 +183,7 @@ class CreditLog(TrainerCallback):
         clip_range = torch.as_tensor(self.credit.clip_range(advantage)).item()
         return {
             "lam": self.credit.lam(step, peak) if self.credit.credit.uses_lambda else None,
-            "clip_range": clip_range if self.credit.credit.evidence is not None else None,
+            "clip_range": clip_range if self.credit.credit.evidence not in (None, "gate") else None,
         }
 
 
@@ -190,7 +191,7 @@ def _token(text: str, credit: float, counts: bool, own: Mapping[str, Any]) -> To
     scored, acts = own.get("scored", False), own.get("acts", False)
     weight, clipped = (own["weight"], own["clipped"]) if acts else (None, None)
     clip = "" if weight is None or weight == clipped else "low" if weight < clipped else "high"
-    return Token(text, own["gain"] if scored else None, weight, credit, clip, counts)
+    return Token(text, own["gain"] if scored else None, weight, credit, clip, counts, own.get("plain"))
 
 
 def _backends(report_to: Sequence[str]) -> list[Any]:

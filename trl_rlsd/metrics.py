@@ -28,6 +28,7 @@ TOKEN_METRICS = (
     "gain_sum_pos",
     "gain_sum_neg",
 )
+GATE_METRICS = ("weight_max_pos", "weight_max_neg")
 PLACE_METRICS = (
     *(f"credit_quarter_{quarter}" for quarter in (1, 2, 3, 4)),
     "credit_on_answer",
@@ -49,7 +50,7 @@ ROW_METRICS = (
     "right",
     "length",
 )
-METRICS = (*ROW_METRICS, *TOKEN_METRICS, *PLACE_METRICS)
+METRICS = (*ROW_METRICS, *TOKEN_METRICS, *GATE_METRICS, *PLACE_METRICS)
 
 
 _TREND_LOGS = 3
@@ -112,6 +113,29 @@ def weight_metrics(
     )
 
 
+def factor_metrics(credited: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Pairs:
+    """The factors of a gate.
+
+    - `weight_mean_pos`, `weight_mean_neg`: mean of A_t / A over tokens with A > 0, with A < 0: 1 - lambda where the
+      gate is closed, 1 where it is open for every token.
+    - `weight_max_pos`, `weight_max_neg`: the largest of each completion, their mean: near 1 - lambda the gate opens
+      for no token in particular.
+
+    Shapes: `credited`, `mask` (B, T), `advantages` (B,); values: see [`gain_metrics`], of rows for the largest.
+    """
+    own = advantages.unsqueeze(1)
+    factor, counted = credited / torch.where(own == 0, 1.0, own), mask.bool()
+    largest = torch.where(counted, factor, 0.0).amax(1)
+    return _pairs(
+        {
+            "weight_mean_pos": (factor, counted & (own > 0)),
+            "weight_mean_neg": (factor, counted & (own < 0)),
+            "weight_max_pos": (largest, counted.any(1) & (advantages > 0)),
+            "weight_max_neg": (largest, counted.any(1) & (advantages < 0)),
+        }
+    )
+
+
 def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
     """(values, where they count) -> (sum, count)."""
     return {
@@ -120,23 +144,23 @@ def _pairs(values: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Pairs:
     }
 
 
-def place_metrics(credited: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None) -> Pairs:
+def place_metrics(
+    credited: torch.Tensor, plain: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor | None = None
+) -> Pairs:
     """Where in the completions the credit lies.
 
     - `credit_quarter_1` to `_4`: share of the sum of |A_t| in each quarter of a completion's tokens; about 0.25 each
       with GRPO.
     - `credit_on_answer`: share of the sum of |A_t| on the final answer, `answer` (B, T).
-    - `moved_on_answer`: share of the sum of |A_t - M|, on the final answer; M is the median of its completion's A_t,
-      what most tokens get, so that this is where the teacher added or took. (A itself would not do: a gate takes
-      something from all tokens but those it opens for.)
+    - `moved_on_answer`: share of the sum of |A_t - plain|, what the teacher added or took, on the final answer.
     - `tokens_on_answer`: share of the tokens, for comparison.
 
-    Shapes: `credited`, `mask` (B, T); values are pairs of 0-dim float32 tensors (part, whole).
+    Shapes: `credited`, `mask` (B, T), `plain`, A or what a closed gate leaves of it, (B, T) or (B, 1);
+    values are pairs of 0-dim float32 tensors (part, whole).
     """
     counted = mask.bool()
     size = credited.abs().float().masked_fill(~counted, 0.0)
-    usual = credited.masked_fill(~counted, torch.nan).nanmedian(dim=1, keepdim=True).values
-    moved = (credited - usual).abs().float().masked_fill(~counted, 0.0)
+    moved = (credited - plain).abs().float().masked_fill(~counted, 0.0)
     position, length = counted.cumsum(1) - 1, counted.sum(1, keepdim=True).clamp(min=1)
     quarter = (4 * position) // length
     values = {

@@ -16,7 +16,7 @@ from trl_rlsd import losses
 from trl_rlsd.config import RLSDConfig
 from trl_rlsd.credit import gain, get_credit, informative, lambda_at, mean_one, signed_weight, token_advantages
 from trl_rlsd.images import TeacherPrompts
-from trl_rlsd.metrics import gain_metrics, place_metrics, sign_agreement, weight_metrics
+from trl_rlsd.metrics import factor_metrics, gain_metrics, place_metrics, sign_agreement, weight_metrics
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -153,19 +153,38 @@ class TokenCredit:
             return None
         return signed_weight(evidence, batch["advantages"], self.clip_range(batch["advantages"]))
 
-    def metrics(self, batch: Batch, student_logps: torch.Tensor, credited: torch.Tensor) -> dict:
-        """See [`gain_metrics`], [`weight_metrics`], [`place_metrics`]; empty where no teacher has scored."""
+    def acts(self, batch: Batch) -> torch.Tensor:
+        """The tokens whose credit the teacher may change, (B, T) bool."""
+        acts = (counted(batch) * batch["teacher_scored"].unsqueeze(1)).bool() & batch.get("credit_span", True)
+        if self.credit.contrast and self.args.contrast_fallback == "grpo":
+            acts = acts & batch["wrong_scored"].unsqueeze(1)
+        return acts & (batch["advantages"] < 0).unsqueeze(1) if self.args.rlsd_negative_only else acts
+
+    def plain(self, batch: Batch, step: int) -> torch.Tensor:
+        """What credit is compared with, (B, T) or (B, 1): A, or with a gate what it leaves of A where it is closed."""
+        advantages = batch["advantages"]
+        own = advantages.unsqueeze(1)
+        if self.credit.evidence != "gate":
+            return own
+        lam = self._by_sign(advantages, self.lam(step), self.lam(step, self.args.rlsd_lambda_negative))
+        return torch.where(self.acts(batch), (1.0 - lam) * own, own)
+
+    def metrics(self, batch: Batch, student_logps: torch.Tensor, credited: torch.Tensor, step: int) -> dict:
+        """See [`gain_metrics`], [`weight_metrics`], [`factor_metrics`], [`place_metrics`]; empty where no teacher has
+        scored."""
         if "teacher_scored" not in batch:
             return {}
         advantages, scored = batch["advantages"], counted(batch) * batch["teacher_scored"].unsqueeze(1)
         gains = gain(student_logps, batch["teacher_logps"], scored)
-        values = place_metrics(credited, counted(batch), batch.get("answer_span"))
+        values = place_metrics(credited, self.plain(batch, step), counted(batch), batch.get("answer_span"))
         if self.credit.contrast:
             found = scored * batch["wrong_scored"].unsqueeze(1)
             values |= sign_agreement(gains, gain(student_logps, batch["wrong_logps"], found), found)
         values |= gain_metrics(advantages, gains, scored)
         if (weights := self.weights(batch, gains, scored)) is not None:
             values |= weight_metrics(advantages, *weights, scored * batch.get("credit_span", 1))
+        elif self.credit.evidence == "gate":
+            values |= factor_metrics(credited, advantages, self.acts(batch))
         return values
 
 

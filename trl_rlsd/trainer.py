@@ -429,7 +429,7 @@ class RLSDTrainer(PublishingTrainer):
         credited = inputs["advantages"]
         if not self._credit.is_plain(inputs, self.state.global_step):
             credited = self._token_credit(inputs, student_logps)
-            self._credit_metrics.add(self._credit.metrics(inputs, student_logps, credited))
+            self._credit_metrics.add(self._credit.metrics(inputs, student_logps, credited, self.state.global_step))
         self.observe_credit(inputs, student_logps, credited)
         self._credit_log.observe(self.state.global_step, inputs, student_logps, credited)
         inputs["advantages"] = credited

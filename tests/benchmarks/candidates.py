@@ -1,5 +1,5 @@
-"""Credit functions that `credit_search.py` tries. `gate_refusal` has become the package's `rlsd_speculative`; the
-others are not part of it.
+"""Credit functions that `credit_search.py` tries. `gate_decided` has become the package's `rlsd_gate`; the others
+are not part of it.
 
 All are A_t = A * [(1 - lam) + lam * gate_t] with a gate in [0, 1]. With S and T the student's and the teacher's
 probability of a token, p = 1 - min(1, S/T) is how far the reference made it likelier, and r = 1 - min(1, T/S) how
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from trl_rlsd import register_credit
-from trl_rlsd.credit import gain, speculative_gate
+from trl_rlsd.credit import gain, reference_gate
 from trl_rlsd.lab.credit import dealt_anew
 
 
@@ -71,9 +71,9 @@ def drop(evidence, positive, mask):
 
 
 def refusal(evidence, positive, mask):
-    """Praise for what is likelier, blame for the first refused; a row without such tokens stays with GRPO. It is
-    `rlsd_speculative` now."""
-    return speculative_gate(evidence, positive.squeeze(1).float())
+    """Praise for what is likelier, blame for the first refused; a row without such tokens stays with GRPO."""
+    praise = likelier(evidence) + silent(evidence.clamp(min=0.0))
+    return torch.where(positive, praise, first_refused(evidence) + silent(evidence.clamp(max=0.0)))
 
 
 def refusal_shuffled(evidence, positive, mask):
@@ -89,11 +89,8 @@ def refusal_dead(evidence, positive, mask):
 
 def decided(evidence, against, positive, mask):
     """`refusal_dead`, with praise only for what a wrong reference does not make likelier as well: citing a reference,
-    or its style."""
-    supported = torch.minimum(evidence, against)
-    return torch.where(
-        positive, likelier(beyond_the_dead_zone(supported)), first_refused(beyond_the_dead_zone(evidence))
-    )
+    or its style. It is `rlsd_gate` now."""
+    return reference_gate(evidence, against, positive.squeeze(1).float())
 
 
 def decided_silent(evidence, against, positive, mask):

@@ -26,7 +26,7 @@ from typing import Any
 
 from candidates import CONTRASTS, GATES
 
-from trl_rlsd.credit import speculative_gate
+from trl_rlsd.credit import reference_gate
 from trl_rlsd.files import write_whole
 from trl_rlsd.lab.builtin import builtin_settings
 from trl_rlsd.lab.compare import Run, report, train_runs
@@ -57,7 +57,6 @@ CANDIDATES: dict[str, dict] = {
     "oracle_blame": dict(credit="oracle", rlsd_lambda=0.0, rlsd_lambda_negative=0.9, **CONSTANT),
     "rlsd": dict(credit="rlsd"),
     "rlsd_contrast": dict(credit="rlsd_contrast", rlsd_lambda=1.0, **CONSTANT),
-    "rlsd_speculative": dict(credit="rlsd_speculative", rlsd_lambda=0.9, **CONSTANT),
     "rlsd_constant": dict(credit="rlsd", rlsd_lambda=1.0, **CONSTANT),
     **{name: dict(credit=name, rlsd_lambda=0.9, **CONSTANT) for name in GATES},
     **{name: dict(credit=name, rlsd_lambda=0.9, contrast_fallback="one_sided", **CONSTANT) for name in CONTRASTS},
@@ -86,7 +85,7 @@ def _settings(method: str, rate: float, task: ChainTask, split: str) -> dict:
     fields = {**CANDIDATES[method], "learning_rate": rate}
     settings = builtin_settings(fields.pop("credit"), task, **SIZES[split], **BASE, **fields)
     # candidates call what does not stand in their file
-    return {**settings, "method": method, "called": [source_hash(dealt_anew), source_hash(speculative_gate)]}
+    return {**settings, "method": method, "called": [source_hash(dealt_anew), source_hash(reference_gate)]}
 
 
 def late(run: Run, target: float) -> float:

@@ -15,14 +15,14 @@ the plain GRPO credit, no gradient reaches the log-probs.
     gain            what a reference adds to a token's log-probability, and the multiplier or gate that it becomes
     registry        names, and the laws
     schedule        lambda over time
-    multiplicative  grpo, rlsd, rlsd_contrast, rlsd_speculative, rlrt
+    multiplicative  grpo, rlsd, rlsd_contrast, rlsd_gate, rlrt
     additive        opsd, grpo_opsd, rlcsd, contrast_additive, antisd, sdar
 
 CSCR (arXiv:2607.27888) is not among them: neither its formula nor its code could be found.
 """
 
 from trl_rlsd.credit import additive, multiplicative  # they register their functions
-from trl_rlsd.credit.gain import gain, signed_weight, speculative_gate
+from trl_rlsd.credit.gain import gain, reference_gate, signed_weight
 from trl_rlsd.credit.registry import Credit, get_credit, mean_one, register_credit, token_advantages
 from trl_rlsd.credit.schedule import informative, lambda_at
 
@@ -36,8 +36,8 @@ __all__ = [
     "lambda_at",
     "mean_one",
     "multiplicative",
+    "reference_gate",
     "register_credit",
     "signed_weight",
-    "speculative_gate",
     "token_advantages",
 ]

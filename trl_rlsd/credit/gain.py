@@ -8,6 +8,9 @@ import torch
 # exp() of more than this is clamped, in either direction: outside any clip range that is of use, inside float32, and
 # small enough to be taken from a sum again
 _MAX_EXPONENT = 60.0
+# nats; a gate takes no notice of less, so that small differences all along a completion do not add up. That there is
+# one was chosen on validation problems, its width was not tuned.
+DEAD_ZONE = 0.25
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,15 +48,13 @@ def signed_weight(
     return weight, weight.clamp(1.0 - clip_range, 1.0 + clip_range)
 
 
-def speculative_gate(evidence: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """The share of A that each token gets: where A > 0 how far the evidence makes it likelier, else the chance that it
-    is the first that speculative decoding (arXiv:2211.17192) rejects. The chance that none is goes to all.
+def reference_gate(gains: torch.Tensor, contrast: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """How far each token's credit depends on the reference: where A > 0 how far the right one, and no wrong one, makes
+    it likelier; else the chance that it is the first token that speculative decoding (arXiv:2211.17192) rejects.
 
-    Shapes: `evidence` (B, T) in nats, 0 where it does not count, `advantages` (B,); returns (B, T) in [0, 1].
+    Shapes: `gains`, `contrast` (B, T) in nats, 0 where they do not count, `advantages` (B,); returns (B, T) in [0, 1].
     """
-    evidence = evidence.clamp(-_MAX_EXPONENT, _MAX_EXPONENT)
-    likelier, rarer = evidence.clamp(min=0.0), evidence.clamp(max=0.0)
-    praise = -torch.expm1(-likelier) + (-likelier.sum(1, keepdim=True)).exp()
+    likelier = (torch.minimum(gains, contrast) - DEAD_ZONE).clamp(0.0, _MAX_EXPONENT)
+    rarer = (gains + DEAD_ZONE).clamp(-_MAX_EXPONENT, 0.0)
     accepted_before = (rarer.cumsum(1) - rarer).exp()
-    blame = -torch.expm1(rarer) * accepted_before + rarer.sum(1, keepdim=True).exp()
-    return torch.where(advantages.unsqueeze(1) > 0, praise, blame)
+    return torch.where(advantages.unsqueeze(1) > 0, -torch.expm1(-likelier), -torch.expm1(rarer) * accepted_before)

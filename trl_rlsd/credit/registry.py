@@ -24,8 +24,9 @@ class Credit:
         keeps_sign: whether every token's credit has the sign of its sequence's advantage, or is 0.
         uses_lambda: whether lambda = 0 makes it plain GRPO, so that the teacher can be left out then.
         contrast: whether it reads `wrong_logps`, a second teacher pass with a wrong reference.
-        evidence: what the clipped weight is taken of, for the metrics: `"gain"`, `"reversed"` (minus the gain),
-            `"contrast"`; None: there is no such weight.
+        evidence: what the clipped weight is taken of, for metrics and pictures: `"gain"`, `"reversed"` (minus the
+            gain), `"contrast"`; None: there is no such weight; `"gate"`: none either, but every token gets a share of
+            A, from 1 - lambda where the gate is closed to 1.
         reads: per-token tensors (B, T) beyond log-probs that it takes as keywords, by name: what the trainer's
             `token_labels` returns.
     """
@@ -73,8 +74,8 @@ def register_credit(
     """
     if teacher_rows not in _TEACHER_ROWS:
         raise ValueError(f"teacher_rows={teacher_rows!r} is not one of {', '.join(map(repr, _TEACHER_ROWS))}.")
-    if evidence not in (None, "gain", "reversed", "contrast"):
-        raise ValueError(f"evidence={evidence!r} is not one of 'gain', 'reversed', 'contrast', None.")
+    if evidence not in (None, "gain", "reversed", "contrast", "gate"):
+        raise ValueError(f"evidence={evidence!r} is not one of 'gain', 'reversed', 'contrast', 'gate', None.")
     if isinstance(reads, str):
         raise ValueError(f"reads={reads!r} is one string; give a tuple of names, ({reads!r},).")
     if contrast and teacher_rows == "none":

@@ -33,7 +33,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo_opsd": {"credit": "grpo_opsd", "rlsd_lambda": 1.0, "rlsd_lambda_decay_steps": 0},
     "rlsd": {"credit": "rlsd"},
     "rlsd_contrast": {"credit": "rlsd_contrast"},
-    "rlsd_speculative": {"credit": "rlsd_speculative", "rlsd_lambda": 0.9, "rlsd_lambda_decay_steps": 0},
+    "rlsd_gate": {
+        "credit": "rlsd_gate",
+        "rlsd_lambda": 0.9,
+        "rlsd_lambda_decay_steps": 0,
+        "contrast_fallback": "one_sided",
+    },
     "oracle": {"credit": "oracle", "rlsd_lambda": 0.9, "rlsd_lambda_decay_steps": 0},
     "rlsd_shuffled": {"credit": "rlsd_shuffled"},
 }

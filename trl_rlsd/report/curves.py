@@ -146,7 +146,13 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
                 "A < 0, from above": "rlsd/clip_high_neg",
             },
         ),
-        _plot("Mean weight", {"A > 0": "rlsd/weight_mean_pos", "A < 0": "rlsd/weight_mean_neg"}, "factor, clipped"),
+        _plot("Mean weight", {"A > 0": "rlsd/weight_mean_pos", "A < 0": "rlsd/weight_mean_neg"}, "factor"),
+        _plot(
+            "Largest factor of a gate",
+            {"A > 0": "rlsd/weight_max_pos", "A < 0": "rlsd/weight_max_neg"},
+            "factor",
+            "Of a completion's tokens; 1 - lambda where the gate opens for none in particular.",
+        ),
         _plot("Gain", "rlsd/gain_mean", "nats per token", "Teacher's log-prob minus the student's, mean over tokens."),
         _plot("Gain of a completion", {"A > 0": "rlsd/gain_sum_pos", "A < 0": "rlsd/gain_sum_neg"}, "nats"),
         _share(

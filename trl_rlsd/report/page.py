@@ -56,6 +56,7 @@ def credit_page(pictures: Sequence[CreditPicture], title: str = "Token credit") 
         script=script,
         digest=digest(script),
         additive=any(not picture.keeps_sign for picture in pictures),
+        gated=any(picture.evidence == "gate" for picture in pictures),
         evidence=[_EVIDENCE[name] for name in sorted(evidence)],
         clip_range=next((picture.clip_range for picture in pictures if picture.clip_range is not None), None),
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from statistics import median_low
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ class Token:
         credit: A_t.
         clip: "low" or "high" where the weight was clipped, else "".
         counts: whether the loss counts it; a tool's tokens and padding it does not.
+        plain: what the credit is compared with: A (None), or with a gate what it leaves of A where it is closed.
     """
 
     text: str
@@ -34,6 +34,7 @@ class Token:
     credit: float
     clip: str = ""
     counts: bool = True
+    plain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class CreditPicture:
         student_prompt, teacher_prompt: exactly as they were read, special tokens included; the teacher's is None where
             it read nothing of this row, or its prompt is not kept. `wrong_prompt`: of a contrast, the one with a wrong
             reference.
-        evidence: what the weight is taken of: the "gain", it "reversed", the "contrast" of two references, or None.
+        evidence: what the weight is taken of: the "gain", it "reversed", the "contrast" of two references; a "gate"
+            and None have no weight.
         rewards: by the reward function's name; None where one gave no verdict.
         credit: the credit function's name. `keeps_sign`: whether its credit has the sign of A or is 0.
         lam, clip_range: lambda and eps_w in force for this row; None where the credit function has none.
@@ -87,13 +89,12 @@ class CreditPicture:
 
     @property
     def excess(self) -> list[float | None]:
-        """By how much each token's credit, or blame where A < 0, is above that of most tokens, the completion's
-        median; None where it does not count. 0 everywhere with GRPO. For a credit of either sign, A_t - A."""
+        """By how much each token's credit, or blame where A < 0, is above the plain one; None where it does not count.
+        0 everywhere with GRPO. For a credit of either sign, A_t - A."""
         sign = -1.0 if self.keeps_sign and self.advantage < 0 else 1.0
-        usual = self.advantage
-        if self.keeps_sign and self.counting:
-            usual = median_low(token.credit for token in self.tokens if token.counts)
-        return [sign * (token.credit - usual) if token.counts else None for token in self.tokens]
+        plain = [self.advantage if token.plain is None else token.plain for token in self.tokens]
+        pairs = zip(self.tokens, plain, strict=True)
+        return [sign * (token.credit - own) if token.counts else None for token, own in pairs]
 
     @property
     def most(self) -> Span | None:

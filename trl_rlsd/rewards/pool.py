@@ -38,10 +38,15 @@ def run_all(
         function: of a module's top level; it and its arguments travel by pickle.
         timeout: seconds of one call, counted from when a process takes it.
         workers: processes; they are kept for the next time. [the cores, shared with the other ranks of this machine]
-        imports: modules that a process loads before it takes a call, so that no call's time goes by on them.
+        imports: modules that processes load beforehand, so that no call's time goes by on them.
     """
+    workers = workers or cores()
     with _starting:  # two threads must not make two pools
-        pool = _pool(os.getpid(), workers or cores(), imports)
+        pool, loaded = _pool(os.getpid(), workers)
+        if missing := [module for module in imports if module not in loaded]:
+            loaded += missing  # of which processes that start from here on learn
+            for _ in range(workers):
+                pool.schedule(_load, args=(missing,))
     futures = [pool.schedule(function, args=call, timeout=timeout) for call in calls]
     results: list[Any | Exception] = []
     for future in futures:
@@ -55,14 +60,15 @@ def run_all(
 
 
 @cache
-def _pool(process: int, workers: int, imports: tuple[str, ...]):
-    """Of this process: a fork has none of its parent's threads."""
+def _pool(process: int, workers: int):
+    """The pool of this process (a fork has none of its parent's threads), and the modules that its processes load."""
     from loky.backend import get_context
     from pebble import ProcessPool
 
-    pool = ProcessPool(workers, initializer=_begin, initargs=(imports,), context=get_context("loky"))
+    loaded: list[str] = []
+    pool = ProcessPool(workers, initializer=_begin, initargs=(loaded,), context=get_context("loky"))
     atexit.register(_close, process, pool)
-    return pool
+    return pool, loaded
 
 
 def _close(process: int, pool) -> None:
@@ -77,9 +83,13 @@ def cores() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // ranks, 8))
 
 
-def _begin(imports: tuple[str, ...]) -> None:
+def _begin(modules: Sequence[str]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for module in imports:
-        with suppress(ImportError):  # the call says what is missing
+    _load(modules)
+
+
+def _load(modules: Sequence[str]) -> None:
+    for module in modules:
+        with suppress(Exception):  # the call says what is wrong; here it would break the pool
             import_module(module)
