@@ -12,6 +12,11 @@ its result there needs a further task (`--task-seed 2`). The stored results come
         --test grpo,oracle,gate_causal_dead,gate_causal_dead_shuffled,gate_local_dead,rlsd_constant
     python tests/benchmarks/credit_search.py --control gate_local_dead_shuffled --json FILE --task-seed 2 \
         --test grpo@1.5e-4,gate_local_dead@1.5e-4,gate_local_dead_shuffled@1.5e-4
+    more=gate_refusal,gate_refusal_dead,gate_refusal_shuffled,gate_decided,gate_decided_other,gate_decided_silent
+    python tests/benchmarks/credit_search.py --methods grpo,$more --control gate_refusal_shuffled --json FILE \
+        --task-seed 3 --test grpo,gate_refusal,gate_refusal_shuffled,oracle@1.5e-4,gate_decided,grpo@7e-5
+    python tests/benchmarks/credit_search.py --control gate_decided_shuffled --json FILE --task-seed 4 \
+        --test grpo@1.5e-4,gate_decided@1.5e-4,gate_decided_shuffled@1.5e-4
 """
 
 from __future__ import annotations
