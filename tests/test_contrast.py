@@ -275,10 +275,12 @@ def test_mistakes_are_named(tmp_path):
         config(tmp_path, contrast_reference="answers")
     with pytest.raises(ValueError, match="credit_mean_one=True"):
         config(tmp_path, credit="opsd", credit_mean_one=True)
-    with pytest.raises(ValueError, match="credit_mean_one=True would multiply the few tokens"):
-        config(tmp_path, credit="rlsd_gate", contrast_fallback="one_sided", credit_mean_one=True)
-    with pytest.raises(ValueError, match="contrast_fallback='grpo' would leave all of A to rows without"):
-        config(tmp_path, credit="rlsd_gate")
+    not_with_a_gate = dict(
+        contrast_fallback="grpo", credit_mean_one=True, credit_span="thinking", rlsd_negative_only=True
+    )
+    for name, value in not_with_a_gate.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} does not go with credit='rlsd_gate', a gate"):
+            config(tmp_path, **{"credit": "rlsd_gate", "contrast_fallback": "one_sided", name: value})
     for credit in ("rlrt", "opsd", "contrast_additive"):
         with pytest.raises(ValueError, match="rlsd_negative_only=True is for a credit that reweights"):
             config(tmp_path, credit=credit, rlsd_negative_only=True)

@@ -192,7 +192,7 @@ def test_what_is_outside_the_span_keeps_its_advantage_and_rejects_nothing():
     torch.testing.assert_close(credited, -2 * torch.tensor([[1.0, 0.5, 0.0]]))
 
 
-@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast", "rlsd_gate"]), knobs)
+@given(batches(), st.sampled_from(["rlsd", "rlsd_contrast"]), knobs)
 def test_negative_only_leaves_the_right_completions_alone(batch, name, options):
     advantages, _, _, mask = batch
     credited = token_advantages(get_credit(name), *batch, **{**options, "negative_only": True})
@@ -333,6 +333,8 @@ def test_a_users_function_is_found_by_name_and_cannot_take_a_name_twice():
         register_credit("half_of_it")(half)
     with pytest.raises(ValueError, match="teacher_rows='some'"):
         register_credit("other", teacher_rows="some")
+    with pytest.raises(ValueError, match="give keeps_sign and uses_lambda, too"):
+        register_credit("other", evidence="gate", keeps_sign=True)
     with pytest.raises(ValueError, match=r"grpo, grpo_opsd, half_of_it"):
         get_credit("nonesuch")
 

@@ -189,11 +189,11 @@ def test_a_crash_fails_one_call_and_the_processes_are_replaced():
 
 
 def test_processes_load_what_calls_need_before_a_calls_time_runs_also_those_that_replace_others():
-    loaded = "[name in __import__('sys').modules for name in ('tabnanny', 'sndhdr')]"
+    loaded = "[name in __import__('sys').modules for name in ('tabnanny', 'pyclbr')]"
     call = partial(run_all, eval, timeout=5, workers=1)
     (process,) = call([("__import__('os').getpid()",)])
     assert call([(loaded,)], imports=("tabnanny", "no_such_module")) == [[True, False]]
-    assert call([(loaded,)], imports=("sndhdr", "no_such_module")) == [[True, True]]
+    assert call([(loaded,)], imports=("pyclbr", "no_such_module")) == [[True, True]]
     assert call([("__import__('os').getpid()",)]) == [process], "all reward functions share the processes"
     assert call([(loaded,), ("__import__('os')._exit(1)",), (loaded,)])[::2] == [[True, True]] * 2
 

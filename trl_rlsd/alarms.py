@@ -34,12 +34,13 @@ ADVICE = {
     "to 60 % with SmolLM2-135M and a sound prompt), or the teacher's prompt is unlike the student's. Compare the two "
     "in the log (chat template, thinking switch, language), or use a shorter template or another teacher_model_kind.",
     "length_collapse": "completions have shrunk to {value:.0%} of their first length: the policy drifts towards the "
-    "teacher's terse style. Lower rlsd_lambda, let it decay, or use a credit with contrast.",
+    "teacher's terse style. Lower rlsd_lambda, let it decay (but for a gate), or use a credit with contrast.",
     "leakage": "{value:.0%} of the completions cite, or share their words with, what only the teacher reads. Lower "
-    "rlsd_lambda, let it decay, or use a credit that keeps the sign with a small clip range; never `opsd` for long.",
+    "rlsd_lambda, let it decay (but for a gate), or use a credit that keeps the sign with a small clip range; never "
+    "`opsd` for long.",
     "answer_copying": "the final answer, which the teacher has read, holds {value:.0%} more of what the teacher adds "
-    "or takes than its share of the tokens. Use credit_span='before_answer', or privileged context that shows how, "
-    "not what.",
+    "or takes than its share of the tokens. Use credit_span='before_answer' (but for a gate), or privileged context "
+    "that shows how, not what.",
     "no_informative_groups": "{value:.0%} of the groups have equal rewards, so that there is nothing to learn from. "
     "Use easier or harder problems, more generations, or check the reward.",
     "no_wrong_references": "{value:.0%} of the rows found no wrong reference and fall back. Check contrast_reference "

@@ -294,16 +294,8 @@ class RLSDConfig(GRPOConfig):
                 f"credit_mean_one=True rescales by the mean of the credit, which for credit={self.credit!r} can be 0 "
                 "or of the other sign. Use a credit that keeps the sign, or leave it False."
             )
-        if self.credit_mean_one and credit.evidence == "gate":
-            raise ValueError(
-                f"credit_mean_one=True would multiply the few tokens that credit={self.credit!r} opens for by up to "
-                "their completion's length. Leave it False."
-            )
-        if self.contrast_fallback == "grpo" and credit.contrast and credit.evidence == "gate":
-            raise ValueError(
-                f"contrast_fallback='grpo' would leave all of A to rows without a wrong reference, many times what "
-                f"credit={self.credit!r} leaves to others. Set contrast_fallback='one_sided'."
-            )
+        if credit.evidence == "gate":
+            self._check_gate(credit)
         if self.rlsd_negative_only and credit.name in _NOT_REWEIGHTED:
             raise ValueError(
                 f"rlsd_negative_only=True is for a credit that reweights advantages; credit={self.credit!r} adds to "
@@ -314,6 +306,17 @@ class RLSDConfig(GRPOConfig):
                 f"credit_span={self.credit_span!r} bounds what a teacher's scores do; credit={self.credit!r} is "
                 "registered with teacher_rows='none'. Leave it 'all', or register it with 'all'."
             )
+
+    def _check_gate(self, credit: Credit) -> None:
+        only: dict[str, object] = {"credit_span": "all", "rlsd_negative_only": False, "credit_mean_one": False}
+        if credit.contrast:
+            only["contrast_fallback"] = "one_sided"
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with credit={self.credit!r}, a gate: some tokens "
+                    f"would get many times what the gate leaves to the others. Set {name}={value!r}."
+                )
 
     def _check_liger_loss(self) -> None:
         if find_spec("liger_kernel") is None:

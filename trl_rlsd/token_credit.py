@@ -156,8 +156,6 @@ class TokenCredit:
     def acts(self, batch: Batch) -> torch.Tensor:
         """The tokens whose credit the teacher may change, (B, T) bool."""
         acts = (counted(batch) * batch["teacher_scored"].unsqueeze(1)).bool() & batch.get("credit_span", True)
-        if self.credit.contrast and self.args.contrast_fallback == "grpo":
-            acts = acts & batch["wrong_scored"].unsqueeze(1)
         return acts & (batch["advantages"] < 0).unsqueeze(1) if self.args.rlsd_negative_only else acts
 
     def plain(self, batch: Batch, step: int) -> torch.Tensor:

@@ -96,7 +96,6 @@ def rlsd_gate_credit(
     *,
     wrong_logps: torch.Tensor,
     lam: float | torch.Tensor,
-    negative_only: bool,
     **knobs,
 ) -> torch.Tensor:
     """RLSD as a gate: praise for what the right reference alone makes likelier, blame for the first token it rejects.
@@ -110,22 +109,24 @@ def rlsd_gate_credit(
     is spared: it continues what went wrong, and the teacher dislikes it for that. What any reference makes likelier,
     citing it for one, has no contrast and is not praised. d = 1/4 nat is a dead zone. lam = 0 is GRPO bit for bit; a
     reference that says nothing leaves (1 - lam) * A to all. The gate lies in [0, 1], and the gates of a failure sum to
-    1 at most; there is no clip range. `negative_only` gates the rows with A < 0 alone.
+    1 at most; there is no clip range.
 
-    It is meant for a constant lambda (`rlsd_lambda_decay_steps=0`: steps grow as lambda falls), a learning rate of its
-    own, and `contrast_fallback="one_sided"`: a row that keeps all of A weighs 1 / (1 - lam) times what is left to
-    others. That goes for tokens that are not scored, too: mind it with `credit_span` and where rows have no context.
+    It is meant for a constant lambda (`rlsd_lambda_decay_steps=0`: steps grow as lambda falls) and a learning rate of
+    its own. What it does not act on keeps all of A, 1 / (1 - lam) times what is left to others: so the config wants
+    `contrast_fallback="one_sided"` and refuses `credit_span` and `rlsd_negative_only`; see to it that all rows have
+    context. Without a wrong reference (`rlsd/no_contrast`) the gain decides alone, and citing is praised in a success.
 
-    Limits. Where the teacher's style differs by more than d before a mistake, the first rejected token may be one of
-    style; `rlsd/weight_max_neg` near 1 - lam tells that blame is spread. What the right reference makes likelier and a
-    wrong one does not is praised in successes and spared in failures, whether or not the verdict depends on it: watch
-    `rlsd/leak_overlap`. The examples of `tests/test_theory.py` have both.
+    Limits. Where the teacher's style differs by more than d before a mistake, or by a little less all along a long
+    completion, the first rejected token is one of style: `rlsd/weight_max_neg` near 1 - lam tells that blame is
+    spread, or that nothing was rejected. What the right reference makes likelier and a wrong one does not is praised
+    in successes and spared in failures, whether or not the verdict depends on it: watch `rlsd/leak_overlap`. The
+    examples of `tests/test_theory.py` have both.
 
     Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats. Source: this package.
     Evidence: ours alone, on a toy task with completions of 111 tokens; README, "Where credit limits learning".
     """
     gate = reference_gate(gain(student_logps, teacher_logps, mask), gain(wrong_logps, teacher_logps, mask), advantages)
-    return _mixed(advantages, gate, lam, negative_only)
+    return _mixed(advantages, gate, lam, negative_only=False)
 
 
 @register_credit("rlrt", teacher_rows="positive_advantage", keeps_sign=True, uses_lambda=True, evidence="reversed")

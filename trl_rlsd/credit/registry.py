@@ -69,13 +69,15 @@ def register_credit(
     ```
 
     Raises:
-        ValueError: the name is taken, `teacher_rows` or `evidence` is unknown, `reads` is no tuple, or `contrast`
-            without a teacher.
+        ValueError: the name is taken, `teacher_rows` or `evidence` is unknown or a gate's promises are missing,
+            `reads` is no tuple, or `contrast` without a teacher.
     """
     if teacher_rows not in _TEACHER_ROWS:
         raise ValueError(f"teacher_rows={teacher_rows!r} is not one of {', '.join(map(repr, _TEACHER_ROWS))}.")
     if evidence not in (None, "gain", "reversed", "contrast", "gate"):
         raise ValueError(f"evidence={evidence!r} is not one of 'gain', 'reversed', 'contrast', 'gate', None.")
+    if evidence == "gate" and not (keeps_sign and uses_lambda):
+        raise ValueError("evidence='gate' is a share of A that lambda bounds; give keeps_sign and uses_lambda, too.")
     if isinstance(reads, str):
         raise ValueError(f"reads={reads!r} is one string; give a tuple of names, ({reads!r},).")
     if contrast and teacher_rows == "none":

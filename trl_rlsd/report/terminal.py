@@ -32,7 +32,7 @@ def rendered(pictures: Sequence[CreditPicture], *, prompts: bool = True) -> Rend
 def _legend() -> Text:
     return Text.assemble(
         ("more", Style(color="black", bgcolor=_MORE[0], underline=True)),
-        " than an even share of the credit (of the blame where A < 0), ",
+        " than an even share of the credit (of the blame where A < 0; of a gate: how far it is open), ",
         ("less", Style(color="black", bgcolor=_LESS[0])),
         "; strong where the weight was clipped. gain: log-probability with the privileged context, minus without it.",
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 # of address space, not of use: an interpreter with sympy maps 0.3 GiB
 MEMORY_LIMIT = 4 * 2**30
+_LOADING = 60.0  # seconds
 _starting = threading.Lock()
 
 
@@ -38,7 +39,7 @@ def run_all(
         function: of a module's top level; it and its arguments travel by pickle.
         timeout: seconds of one call, counted from when a process takes it.
         workers: processes; they are kept for the next time. [the cores, shared with the other ranks of this machine]
-        imports: modules that processes load beforehand, so that no call's time goes by on them.
+        imports: modules that processes load when they start, so that no call's time goes by on them.
     """
     workers = workers or cores()
     with _starting:  # two threads must not make two pools
@@ -46,7 +47,7 @@ def run_all(
         if missing := [module for module in imports if module not in loaded]:
             loaded += missing  # of which processes that start from here on learn
             for _ in range(workers):
-                pool.schedule(_load, args=(missing,))
+                pool.schedule(_load, args=(missing,), timeout=_LOADING)
     futures = [pool.schedule(function, args=call, timeout=timeout) for call in calls]
     results: list[Any | Exception] = []
     for future in futures:
@@ -91,5 +92,5 @@ def _begin(modules: Sequence[str]) -> None:
 
 def _load(modules: Sequence[str]) -> None:
     for module in modules:
-        with suppress(Exception):  # the call says what is wrong; here it would break the pool
+        with suppress(BaseException):  # the call says what is wrong; here it would break the pool
             import_module(module)
