@@ -123,7 +123,9 @@ def rlsd_gate_credit(
     examples of `tests/test_theory.py` have both.
 
     Shapes: `advantages` (B,), the others (B, T); returns (B, T). Units: log-probs in nats. Source: this package.
-    Evidence: ours alone, on a toy task with completions of 111 tokens; README, "Where credit limits learning".
+    Evidence, ours, lam = 0.9, on toy tasks with completions of 111 tokens, held out from the choice: at most 0.34
+    [0.28, 0.40] of GRPO's steps to 0.5, +0.30 [+0.25, +0.35] in accuracy (8 seeds); nothing with the same gates on
+    other tokens. README, "Compare", has how it was found, and what was not measured.
     """
     gate = reference_gate(gain(student_logps, teacher_logps, mask), gain(wrong_logps, teacher_logps, mask), advantages)
     return _mixed(advantages, gate, lam, negative_only=False)
