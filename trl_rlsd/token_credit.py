@@ -153,11 +153,6 @@ class TokenCredit:
             return None
         return signed_weight(evidence, batch["advantages"], self.clip_range(batch["advantages"]))
 
-    def acts(self, batch: Batch) -> torch.Tensor:
-        """The tokens whose credit the teacher may change, (B, T) bool."""
-        acts = (counted(batch) * batch["teacher_scored"].unsqueeze(1)).bool() & batch.get("credit_span", True)
-        return acts & (batch["advantages"] < 0).unsqueeze(1) if self.args.rlsd_negative_only else acts
-
     def plain(self, batch: Batch, step: int) -> torch.Tensor:
         """What credit is compared with, (B, T) or (B, 1): A, or with a gate what it leaves of A where it is closed."""
         advantages = batch["advantages"]
@@ -165,14 +160,14 @@ class TokenCredit:
         if self.credit.evidence != "gate":
             return own
         lam = self._by_sign(advantages, self.lam(step), self.lam(step, self.args.rlsd_lambda_negative))
-        return torch.where(self.acts(batch), (1.0 - lam) * own, own)
+        return torch.where(_scored(batch).bool(), (1.0 - lam) * own, own)
 
     def metrics(self, batch: Batch, student_logps: torch.Tensor, credited: torch.Tensor, step: int) -> dict:
         """See [`gain_metrics`], [`weight_metrics`], [`factor_metrics`], [`place_metrics`]; empty where no teacher has
         scored."""
         if "teacher_scored" not in batch:
             return {}
-        advantages, scored = batch["advantages"], counted(batch) * batch["teacher_scored"].unsqueeze(1)
+        advantages, scored = batch["advantages"], _scored(batch)
         gains = gain(student_logps, batch["teacher_logps"], scored)
         values = place_metrics(credited, self.plain(batch, step), counted(batch), batch.get("answer_span"))
         if self.credit.contrast:
@@ -182,7 +177,7 @@ class TokenCredit:
         if (weights := self.weights(batch, gains, scored)) is not None:
             values |= weight_metrics(advantages, *weights, scored * batch.get("credit_span", 1))
         elif self.credit.evidence == "gate":
-            values |= factor_metrics(credited, advantages, self.acts(batch))
+            values |= factor_metrics(credited, advantages, scored)
         return values
 
 
@@ -255,6 +250,11 @@ def fused_loss(
 def counted(batch: Batch) -> torch.Tensor:
     """The tokens that the loss counts, (B, T): of the completion, and not a tool's."""
     return batch["completion_mask"] * batch.get("tool_mask", 1)
+
+
+def _scored(batch: Batch) -> torch.Tensor:
+    """Those of them that the teacher has scored, (B, T)."""
+    return counted(batch) * batch["teacher_scored"].unsqueeze(1)
 
 
 _ROWWISE = {
