@@ -139,13 +139,13 @@ def test_multiplicative_credit_stays_within_the_clip_range(batch, name, options)
     assert (factor <= 1 + lam * eps + 1e-5).all()
 
 
-def gates(gains, contrasts=None, **options):
+def gates(gains, contrasts=None):
     """Of `rlsd_gate`, with lambda 1, for a success and a failure with the same gains. By default the contrast is so
     large that the gain alone counts."""
     teacher = torch.tensor([gains] * 2, dtype=torch.float64)
     wrong = teacher - (50.0 if contrasts is None else torch.tensor([contrasts] * 2, dtype=torch.float64))
     verdicts, student = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.zeros_like(teacher)
-    arguments = {**WHOLLY, "wrong_logps": wrong, **options}
+    arguments = {**WHOLLY, "wrong_logps": wrong}
     praise, blame = run(get_credit("rlsd_gate"), verdicts, student, teacher, torch.ones_like(teacher), **arguments)
     return praise.tolist(), (-blame).tolist()
 

@@ -207,22 +207,22 @@ def test_a_gate_takes_noise_off_what_the_verdict_does_not_depend_on_and_little_o
     assert rlsd_noise == pytest.approx(noise.item(), rel=1e-6), "where the teacher says nothing RLSD changes nothing"
 
 
-def gate_of_a_failure(gains):
+def blame_of_failures(gains, name="rlsd_gate"):
     """With lambda 1, for rows of gains."""
     gains, knobs = torch.as_tensor(gains).double(), {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
     failed, student = -torch.ones(len(gains)), torch.zeros_like(gains)
-    mask = torch.ones_like(gains)
-    return -token_advantages(get_credit("rlsd_gate"), failed, student, gains, mask, wrong_logps=student, **knobs)
+    if get_credit(name).contrast:
+        knobs["wrong_logps"] = student
+    return -token_advantages(get_credit(name), failed, student, gains, torch.ones_like(gains), **knobs)
 
 
 def test_blame_is_the_first_rejections_and_what_follows_from_it_has_none():
     """The teacher, who knows better, dislikes the consequences of a mistake as well."""
-    (blame,) = gate_of_a_failure([[0.0, -6.0, -6.0, -6.0]])
+    gains = [[0.0, -6.0, -6.0, -6.0]]
+    (blame,) = blame_of_failures(gains)
     assert blame[1] > 0.99
     assert blame[[0, 2, 3]].max() < 0.01
-    knobs = {"lam": 1.0, "clip_range": 0.2, "negative_only": False}
-    gains, zeros = torch.tensor([[0.0, -6.0, -6.0, -6.0]]), torch.zeros(1, 4)
-    (rlsd,) = -token_advantages(get_credit("rlsd"), -torch.ones(1), zeros, gains, torch.ones(1, 4), **knobs)
+    (rlsd,) = blame_of_failures(gains, "rlsd")
     assert rlsd[1:].tolist() == pytest.approx([1.2] * 3)
 
 
@@ -233,7 +233,7 @@ def test_the_first_rejection_is_that_of_speculative_decoding():
     for accepted in itertools.product((True, False), repeat=4):
         if not all(accepted):
             counted[accepted.index(False)] += torch.where(torch.tensor(accepted), accept, 1 - accept).prod()
-    torch.testing.assert_close(gate_of_a_failure((accept.log() - DEAD_ZONE).unsqueeze(0))[0], counted)
+    torch.testing.assert_close(blame_of_failures((accept.log() - DEAD_ZONE).unsqueeze(0))[0], counted)
 
 
 def test_small_differences_all_along_a_completion_take_no_blame_from_a_mistake_and_large_ones_do():
@@ -241,7 +241,7 @@ def test_small_differences_all_along_a_completion_take_no_blame_from_a_mistake_a
     for scatter, least, most in ((0.05, 0.99, 1.0), (0.15, 0.03, 0.1), (0.3, 0.0, 0.01)):
         gains = scatter * noise
         gains[:, 1000] -= 6.0
-        assert least <= gate_of_a_failure(gains)[:, 1000].mean() <= most
+        assert least <= blame_of_failures(gains)[:, 1000].mean() <= most
 
 
 def test_a_rare_leak_that_any_reference_provokes_is_not_praised_but_one_that_the_right_one_provokes_is():

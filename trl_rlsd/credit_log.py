@@ -25,7 +25,7 @@ from trl_rlsd.images import TeacherPrompts
 from trl_rlsd.report.page import CreditPictures
 from trl_rlsd.report.picture import CreditPicture, Token, token_texts
 from trl_rlsd.spans import lengths
-from trl_rlsd.token_credit import Batch, TokenCredit, counted
+from trl_rlsd.token_credit import Batch, TokenCredit, counted, scored_tokens
 
 
 logger = get_logger(__name__)
@@ -135,7 +135,7 @@ class CreditLog(TrainerCallback):
         """Gain, plain credit, weight, the same clipped, where they are of use, (B, T); nothing without a teacher."""
         if "teacher_scored" not in batch:
             return {}
-        scored = counted(batch) * batch["teacher_scored"].unsqueeze(1)
+        scored = scored_tokens(batch)
         gains = gain(student_logps, batch["teacher_logps"], scored)
         plain = self.credit.plain(batch, step).expand(gains.shape)
         values = {"gain": gains, "scored": scored.bool(), "plain": plain}

@@ -160,14 +160,14 @@ class TokenCredit:
         if self.credit.evidence != "gate":
             return own
         lam = self._by_sign(advantages, self.lam(step), self.lam(step, self.args.rlsd_lambda_negative))
-        return torch.where(_scored(batch).bool(), (1.0 - lam) * own, own)
+        return torch.where(scored_tokens(batch).bool(), (1.0 - lam) * own, own)
 
     def metrics(self, batch: Batch, student_logps: torch.Tensor, credited: torch.Tensor, step: int) -> dict:
         """See [`gain_metrics`], [`weight_metrics`], [`factor_metrics`], [`place_metrics`]; empty where no teacher has
         scored."""
         if "teacher_scored" not in batch:
             return {}
-        advantages, scored = batch["advantages"], _scored(batch)
+        advantages, scored = batch["advantages"], scored_tokens(batch)
         gains = gain(student_logps, batch["teacher_logps"], scored)
         values = place_metrics(credited, self.plain(batch, step), counted(batch), batch.get("answer_span"))
         if self.credit.contrast:
@@ -252,8 +252,8 @@ def counted(batch: Batch) -> torch.Tensor:
     return batch["completion_mask"] * batch.get("tool_mask", 1)
 
 
-def _scored(batch: Batch) -> torch.Tensor:
-    """Those of them that the teacher has scored, (B, T)."""
+def scored_tokens(batch: Batch) -> torch.Tensor:
+    """Of the tokens that the loss counts those that the teacher has scored, (B, T)."""
     return counted(batch) * batch["teacher_scored"].unsqueeze(1)
 
 

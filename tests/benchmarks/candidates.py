@@ -13,32 +13,28 @@ import torch
 
 from trl_rlsd import register_credit
 from trl_rlsd.credit import gain, reference_gate
+from trl_rlsd.credit.gain import DEAD_ZONE
 from trl_rlsd.lab.credit import dealt_anew
 
 
 MOST = 60.0  # nats; infinite evidence could not be taken away from a sum again
 
 
-def gate(name, function):
-    """Register a gate: function(evidence (B, T), positive (B, 1), mask (B, T)) -> (B, T)."""
+def gate(name, function, contrast=False):
+    """Register a gate: function(evidence (B, T), positive (B, 1), mask (B, T)) -> (B, T). With a contrast the gain
+    over a wrong reference comes second: function(evidence, against, positive, mask)."""
 
-    @register_credit(name, teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True)
-    def credit(advantages, student_logps, teacher_logps, mask, *, lam, **knobs):
+    @register_credit(name, teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True, contrast=contrast)
+    def credit(advantages, student_logps, teacher_logps, mask, *, lam, wrong_logps=None, **knobs):
         advantages = advantages.unsqueeze(1)
-        gates = function(gain(student_logps, teacher_logps, mask).clamp(-MOST, MOST), advantages > 0, mask)
-        return advantages * ((1.0 - lam) + lam * gates)
+        others = (student_logps, wrong_logps) if contrast else (student_logps,)
+        gains = [gain(other, teacher_logps, mask).clamp(-MOST, MOST) for other in others]
+        return advantages * ((1.0 - lam) + lam * function(*gains, advantages > 0, mask))
 
 
-def contrast_gate(name, function):
-    """Register a gate that reads what a wrong reference says, too: function(evidence, against, positive, mask), both
-    gains over the student (B, T)."""
-
-    @register_credit(name, teacher_rows="nonzero_advantage", keeps_sign=True, uses_lambda=True, contrast=True)
-    def credit(advantages, student_logps, teacher_logps, mask, *, wrong_logps, lam, **knobs):
-        advantages = advantages.unsqueeze(1)
-        evidence = gain(student_logps, teacher_logps, mask).clamp(-MOST, MOST)
-        against = gain(wrong_logps, teacher_logps, mask).clamp(-MOST, MOST)
-        return advantages * ((1.0 - lam) + lam * function(evidence, against, advantages > 0, mask))
+def shuffled(function):
+    """A control: the same gates on other tokens of their completion."""
+    return lambda *arguments: dealt_anew(function(*arguments), arguments[-1])
 
 
 def likelier(evidence):
@@ -59,7 +55,7 @@ def silent(evidence):
 
 def beyond_the_dead_zone(evidence):
     """Gains under a quarter of a nat count as 0, larger ones are reduced by it."""
-    return evidence.sign() * (evidence.abs() - 0.25).clamp(min=0.0)
+    return evidence.sign() * (evidence.abs() - DEAD_ZONE).clamp(min=0.0)
 
 
 def drop(evidence, positive, mask):
@@ -74,11 +70,6 @@ def refusal(evidence, positive, mask):
     """Praise for what is likelier, blame for the first refused; a row without such tokens stays with GRPO."""
     praise = likelier(evidence) + silent(evidence.clamp(min=0.0))
     return torch.where(positive, praise, first_refused(evidence) + silent(evidence.clamp(max=0.0)))
-
-
-def refusal_shuffled(evidence, positive, mask):
-    """A control: the same gates on other tokens of their completion."""
-    return dealt_anew(refusal(evidence, positive, mask), mask)
 
 
 def refusal_dead(evidence, positive, mask):
@@ -98,11 +89,6 @@ def decided_silent(evidence, against, positive, mask):
     return refusal(torch.where(positive, torch.minimum(evidence, against), evidence), positive, mask)
 
 
-def decided_shuffled(evidence, against, positive, mask):
-    """A control: the same gates on other tokens of their completion."""
-    return dealt_anew(decided(evidence, against, positive, mask), mask)
-
-
 def even(evidence, positive, mask):
     """The same tokens for praise and blame."""
     return causal(evidence, positive, mask) + silent(evidence)
@@ -118,11 +104,6 @@ def causal_dead(evidence, positive, mask):
     return causal(beyond_the_dead_zone(evidence), positive, mask)
 
 
-def causal_dead_shuffled(evidence, positive, mask):
-    """A control: the same gates on other tokens of their completion."""
-    return dealt_anew(causal_dead(evidence, positive, mask), mask)
-
-
 def local(evidence, positive, mask):
     """A token's own gain, of either sign: no memory of the tokens before it, and the same for both verdicts. A token
     on which the verdict does not depend is then pushed nowhere on average, if teacher and student each treat it alike
@@ -134,17 +115,17 @@ def local_dead(evidence, positive, mask):
     return local(beyond_the_dead_zone(evidence), positive, mask)
 
 
-def local_dead_shuffled(evidence, positive, mask):
-    """A control: the same gates on other tokens of their completion."""
-    return dealt_anew(local_dead(evidence, positive, mask), mask)
+def _named(choices, controlled):
+    """The gates by name, and the controls of some of them."""
+    controls = {f"gate_{function.__name__}_shuffled": shuffled(function) for function in controlled}
+    return {f"gate_{function.__name__}": function for function in choices} | controls
 
 
-_CHOICES = (drop, refusal, refusal_dead, even, causal, causal_dead, local, local_dead)
-_CONTROLS = (refusal_shuffled, causal_dead_shuffled, local_dead_shuffled)
-GATES = {f"gate_{function.__name__}": function for function in _CHOICES + _CONTROLS}
+GATES = _named(
+    (drop, refusal, refusal_dead, even, causal, causal_dead, local, local_dead), (refusal, causal_dead, local_dead)
+)
+CONTRASTS = _named((decided, decided_silent), (decided,))
 for name, function in GATES.items():
     gate(name, function)
-
-CONTRASTS = {f"gate_{function.__name__}": function for function in (decided, decided_silent, decided_shuffled)}
 for name, function in CONTRASTS.items():
-    contrast_gate(name, function)
+    gate(name, function, contrast=True)
